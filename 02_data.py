@@ -11,30 +11,30 @@ at each position is simply the next token, so the targets are the inputs moved b
 
 Run:    python 02_data.py                          the text that chapter 1 learnt from
         python 02_data.py --source shakespeare     another one (a download, files, folders, globs)
-Prints: what each cleaning rule did, tokens per split, one batch decoded.
 Writes: out/data/train.bin, val.bin, test.bin (uint16 or uint32), meta.json, statistics.png.
 Source: the flat file of tokens is nanoGPT's idea; the fixed order of blocks is our own.
 """
 import hashlib
-import json
 import os
 import re
-import threading
+import signal
+import sys
+import sysconfig
 import time
 import unicodedata
 import urllib.request
 import zipfile
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module  # a module whose name starts with a digit cannot follow `import`
 from importlib.metadata import distributions
-from multiprocessing import Pool
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 chapter1 = import_module("01_tokenizer")
 CourseError, Tokenizer, END_OF_TEXT = chapter1.CourseError, chapter1.Tokenizer, chapter1.END_OF_TEXT
@@ -47,57 +47,73 @@ read_json, write_json, replacing = chapter1.read_json, chapter1.write_json, chap
 #   epoch      one pass over all blocks of the train split
 
 # ---- Texts to download ---------------------------------------------------------------------------
-
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/"
 DOWNLOADS = {  # name: (address, sha256, size and licence)
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "1.1 MB, public domain"),
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "1.1 MB, public domain"),
     "tinystories": (HUB + "TinyStoriesV2-GPT4-valid.txt",
-                    "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d", "23 MB, CDLA-Sharing-1.0"),
+        "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d", "23 MB, CDLA-Sharing-1.0"),
     "tinystories-full": (HUB + "TinyStoriesV2-GPT4-train.txt",
-                         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443", "2.2 GB, CDLA-Sharing-1.0"),
+        "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443", "2.2 GB, CDLA-Sharing-1.0"),
     "enwik8": ("https://mattmahoney.net/dc/enwik8.zip",
-               "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", "36 MB, CC BY-SA 3.0"),
+        "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", "36 MB, CC BY-SA 3.0"),
+    "dolly": ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"        # conversations, for
+        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",                  # chapter 6
+        "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0"),
+    "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
+        "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419", "23 MB, CC BY-NC 4.0"),
 }
 
 
-def download(name, folder):
-    """Fetch DOWNLOADS[name] to `folder`/name.txt unless it is there; its sha256 must be right.
+def watched(items, what, total, size=len):
+    """Yield the items and print how far they are: size(item) is the bytes of one, `total` of all or 0."""
+    start, done, line = time.time(), 0, ""
+    for item in items:
+        yield item
+        done += size(item)
+        speed = max(done, 1) / max(time.time() - start, 1e-3)  # bytes per second
+        left = f", {(total - done) / speed:,.0f} s left" if total > done else ""
+        line = f"  {what} {done / 1e6:,.1f} MB, {speed / 1e6:,.1f} MB/s{left}"
+        if sys.stdout.isatty():                                # "\r": write over the line; a file gets the last only
+            print(f"\r{line:60}", end="", flush=True)
+    print("" if sys.stdout.isatty() else line)
 
+
+def download(name, folder, table=DOWNLOADS):
+    """Fetch table[name], an (address, sha256, remark), into `folder` unless it is there; returns its path.
+
+    The file is called after `name`, with the suffix of the address; of a .zip the text inside is kept.
     Raises CourseError with the address, the path to put the file at by hand, and the way around.
     """
-    url, sha256, about = DOWNLOADS[name]
-    path = Path(folder) / f"{name}.txt"
+    (url, sha256, about), digest = table[name], hashlib.sha256()
+    path = Path(folder) / (name + Path(url).suffix.replace(".zip", ".txt"))
     if path.exists():
         return path
     print(f"downloading {url} ({about})")
     try:
         with replacing(path) as temporary:
-            urllib.request.urlretrieve(url, temporary, lambda blocks, size, total: print(
-                f"\r  {min(blocks * size, total) / 1e6:,.1f} of {total / 1e6:,.1f} MB ", end="", flush=True))
-            digest = hashlib.sha256()
-            with open(temporary, "rb") as file:
-                while block := file.read(1 << 20):
+            with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
+                total = int(response.headers["Content-Length"] or 0)
+                for block in watched(iter(partial(response.read, 1 << 20), b""), "downloaded", total):
+                    file.write(block)
                     digest.update(block)
-            if digest.hexdigest() != sha256:
-                raise OSError(f"its sha256 is {digest.hexdigest()}, not {sha256}")
+            if (found := digest.hexdigest()) != sha256:
+                raise OSError(f"{temporary.stat().st_size} of {total} bytes came, with sha256 {found}, not {sha256}")
             if url.endswith(".zip"):
-                text = zipfile.ZipFile(temporary).read(name)
-                temporary.write_bytes(text)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CourseError(f"could not download {url}: {error}. Save its text by hand as {path}, or leave "
-                          "--source out to use the source code of Python's own library") from None
-    print()
+                temporary.write_bytes(zipfile.ZipFile(temporary).read(name))
+    except Exception as error:                                 # whatever a network or a disk brings about
+        raise CourseError(f"could not download {url}: {error}. Save it (unpacked) by hand as {path}, or leave "
+                          f"{name} out to use the source code of Python's own library") from None
     return path
 
 
-def describe_packages():
-    """Return a line per installed package with the licence it states, for --source site-packages."""
-    lines = ["private packages installed here are read too; licences as the packages state them:"]
-    for package in sorted(distributions(), key=lambda package: str(package.metadata["Name"]).lower()):
-        licence = package.metadata["License-Expression"] or package.metadata["License"] or "not stated"
-        lines.append(f"  {package.metadata['Name']} {package.version}: {licence.splitlines()[0][:60]}")
-    return "\n".join(lines)
+def print_packages(folder):
+    """Print the packages installed in `folder` with the licences that they state."""
+    print("all packages installed here are read, private ones too; licences as they state them:")
+    for package in sorted(distributions(path=[folder]), key=lambda package: package.name.lower()):
+        stated = [value for key, value in package.metadata.items()
+                  if key in ("License", "License-Expression") or value.startswith("License ::")]
+        print(f"  {package.name} {package.version}: {stated[-1].splitlines()[0][:60] if stated else 'not stated'}")
 
 
 # ---- Cleaning ------------------------------------------------------------------------------------
@@ -106,93 +122,95 @@ def describe_packages():
 
 RULES = {
     "newlines": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
-    "control characters": lambda text: re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", "", text),
-    "Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),
+    "control characters": lambda text: re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]", "", text),
+    "Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),     # "e" + "´" becomes "é"
 }
 SHORTEST = 20  # characters; a shorter document teaches nothing
 
 
-def clean(documents, report):
-    """Yield the cleaned (split, text), without duplicates; counts and examples go into `report`."""
+def clean(documents, changed, dropped):
+    """Yield the cleaned (split, text); fill changed {rule: [count, before, after]} and dropped {reason: count}."""
     seen = set()
     for split, text in documents:
         for rule, mend in RULES.items():
             before, text = text, mend(text)
             if text != before:
-                report["changed"][rule] += 1
-                at = next((i for i, (a, b) in enumerate(zip(before, text)) if a != b), len(text))
-                report["examples"].setdefault(rule, (before[max(0, at - 9):at + 9], text[max(0, at - 9):at + 9]))
-        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        if len(text.strip()) < SHORTEST:
-            report["dropped"]["too short"] += 1
-        elif digest in seen:
-            report["dropped"]["duplicate"] += 1
-        else:
-            seen.add(digest)
-            yield split, text
+                at = len(os.path.commonprefix([before, text]))
+                changed.setdefault(rule, [0, before[max(0, at - 9):at + 9], text[max(0, at - 9):at + 9]])[0] += 1
+        digest = hashlib.sha256(text.encode()).digest()
+        if len(text.strip()) < SHORTEST or digest in seen:
+            dropped["duplicate" if digest in seen else f"under {SHORTEST} characters"] += 1
+            continue
+        seen.add(digest)
+        yield split, text
 
 
 # ---- Encoding ------------------------------------------------------------------------------------
-
-@lru_cache
-def tokenizer_in(folder):
-    """Return the tokenizer of a folder, opened once in each process."""
-    return Tokenizer.load(folder)
+load_once = lru_cache(maxsize=1)(Tokenizer.load)  # each process opens the tokenizer once
 
 
-def encode_job(job):
-    """Return (split, documents, bytes of text, token ids as bytes) of one job; runs in a worker."""
-    folder, dtype, split, texts = job
-    tokenizer = tokenizer_in(folder)
-    end = tokenizer.special_tokens[END_OF_TEXT]
-    ids = [i for text in texts for i in (*tokenizer.encode(text), end)]
-    return split, len(texts), sum(len(text.encode()) for text in texts), np.array(ids, dtype).tobytes()
+def jobs_of(documents, size=500_000):
+    """Gather (split, text) to lists of about `size` characters, in order."""
+    job, length = [], 0
+    for document in documents:
+        job.append(document)
+        if (length := length + len(document[1])) >= size:
+            yield job
+            job, length = [], 0
+    yield job
 
 
-def jobs_of(documents, folder, dtype, slots, size=500_000):
-    """Yield jobs of about `size` characters; waits for a free slot, so that memory stays bounded."""
-    waiting = {}
-    for split, text in documents:
-        waiting.setdefault(split, []).append(text)
-        if sum(map(len, waiting[split])) >= size:
-            slots.acquire()
-            yield folder, dtype, split, waiting.pop(split)
-    for split, texts in waiting.items():
-        slots.acquire()
-        yield folder, dtype, split, texts
+def encode_job(folder, dtype, job):
+    """Return [(split, token ids as bytes, bytes of text)] of a list of (split, text)."""
+    tokenizer = load_once(folder)
+    end = [tokenizer.special_tokens[END_OF_TEXT]]
+    return [(split, np.array(tokenizer.encode(text) + end, dtype).tobytes(), len(text.encode())) for split, text in job]
 
 
-def encode_documents(documents, tokenizer_folder, dtype, folder, workers):
-    """Write {split}.bin files of token ids; returns {split: counts}. Independent of `workers`."""
+def on_all_cores(work, jobs, workers):
+    """Yield work(job) for each job, in order; at most 4 jobs a worker are under way, which bounds the memory."""
+    ahead, ignore_ctrl_c = deque(), (signal.SIGINT, signal.SIG_IGN)       # the main process alone ends the work
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_ctrl_c) as pool:
+        for job in jobs:
+            ahead.append(pool.submit(work, job))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        yield from (future.result() for future in ahead)
+
+
+def encode_documents(documents, tokenizer_folder, folder, workers, facts, total=0):
+    """Write {split}.bin and, last, meta.json with `facts`. Raises CourseError if there is nothing to train on."""
+    load_once.cache_clear()                                    # chapter 1 may have run again
+    tokenizer = load_once(tokenizer_folder)
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in ("train", "val", "test")}
-    slots, start = threading.Semaphore(4 * workers), time.time()
-    with ExitStack() as stack:
-        files = {split: open(stack.enter_context(replacing(folder / f"{split}.bin")), "wb") for split in totals}
-        pool = stack.enter_context(Pool(workers))
-        for split, count, size, ids in pool.imap(encode_job, jobs_of(documents, tokenizer_folder, dtype, slots)):
-            slots.release()
-            files[split].write(ids)
-            totals[split].update(documents=count, tokens=len(ids) // np.dtype(dtype).itemsize, bytes=size)
-            done = sum(total["bytes"] for total in totals.values()) / 1e6
-            print(f"\r  encoded {done:,.1f} MB, {done / (time.time() - start):.1f} MB/s ", end="", flush=True)
-        for file in files.values():
-            file.close()
-    print()
-    return {split: dict(total) for split, total in totals.items()}
+    work, jobs = partial(encode_job, tokenizer_folder, dtype), jobs_of(documents)
+    encoded = on_all_cores(work, jobs, workers) if workers > 1 else map(work, jobs)
+    with ExitStack() as stack:                                 # moves the files in reverse order, meta.json last
+        meta = stack.enter_context(replacing(folder / "meta.json"))
+        files = {split: stack.enter_context(open(stack.enter_context(replacing(folder / f"{split}.bin")), "wb"))
+                 for split in totals}
+        for job in watched(encoded, "encoded", total, lambda job: sum(size for *_, size in job)):
+            for split, ids, size in job:
+                files[split].write(ids)
+                totals[split].update(documents=1, tokens=len(ids) // dtype.itemsize, bytes=size)
+        if not totals["train"]["tokens"]:
+            raise CourseError(f"nothing to train on is left of {facts['source']}, dropped: {dict(facts['dropped'])}")
+        write_json(meta, {"dtype": dtype.name, "fingerprint": tokenizer.fingerprint(), "splits": totals, **facts})
+    return totals
 
 
 # ---- Batches -------------------------------------------------------------------------------------
-
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
-    meta = read_json(Path(folder) / "meta.json", "02_data.py")
-    path = Path(folder) / f"{split}.bin"
-    if not meta["splits"][split]["tokens"]:
-        return np.zeros(0, meta["dtype"]), meta
-    tokens = np.memmap(path, meta["dtype"], "r")
-    if len(tokens) != meta["splits"][split]["tokens"]:
-        raise CourseError(f"{path} holds {len(tokens):,} tokens, meta.json says {meta['splits'][split]['tokens']:,}: "
-                          "run 02_data.py again")
+    meta, path = read_json(Path(folder) / "meta.json", "02_data.py"), Path(folder) / f"{split}.bin"
+    try:
+        count, dtype = meta["splits"][split]["tokens"], meta["dtype"]
+        tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)         # no empty file can be mapped
+        if len(tokens) != count:
+            raise ValueError(f"{len(tokens):,} tokens, not {count:,}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CourseError(f"{path} is not what meta.json says ({error!r}): run 02_data.py again") from None
     return tokens, meta
 
 
@@ -208,93 +226,96 @@ def get_batch(tokens, step, B, T, seed=0):
     A pure function: nothing to save when training stops, nothing to restore when it goes on. Block
     number n of a run is place n % blocks in the order of epoch n // blocks, so each block is read
     once an epoch. Raises CourseError if the split is shorter than one block.
+
+    >>> get_batch(np.arange(5), step=0, B=1, T=4)
+    (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
     """
     blocks = (len(tokens) - 1) // T
     if blocks < 1:
         raise CourseError(f"the split has {len(tokens):,} tokens, too few for a context of {T:,} (+ 1): "
                           "use more text or a smaller --context")
-    numbers = range(step * B, (step + 1) * B)
-    starts = [T * block_order(blocks, seed, n // blocks)[n % blocks] for n in numbers]
+    starts = [T * block_order(blocks, seed, n // blocks)[n % blocks] for n in range(step * B, (step + 1) * B)]
     rows = np.stack([tokens[start:start + T + 1] for start in starts]).astype(np.int64)    # (B, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+    return rows[:, :-1], rows[:, 1:]                                                       # (B, T) each
 
 
 # ---- The script ----------------------------------------------------------------------------------
-
-def draw_statistics(folder, tokenizer, path):
+def draw_statistics(tokens, tokenizer, path):
     """Draw document lengths, token frequencies beside Zipf's law, and what each merge is worth."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    tokens, _ = open_tokens(folder, "train")
     tokens = np.asarray(tokens[:20_000_000])
-    ends = np.flatnonzero(tokens == tokenizer.special_tokens[END_OF_TEXT])
-    counts = np.sort(np.bincount(tokens))[::-1]
-    counts = counts[counts > 0]
-    figure, (lengths, zipf, worth) = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    lengths.hist(np.diff(ends, prepend=-1), bins=np.geomspace(10, 1e6, 40), color="#0072b2")
-    lengths.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
+    ends = np.flatnonzero(tokens[:-1] == tokenizer.special_tokens[END_OF_TEXT])
+    sizes = np.diff(ends, prepend=-1, append=len(tokens) - 1)
+    counts = np.sort(np.unique(tokens, return_counts=True)[1])[::-1]
     rank = np.arange(1, len(counts) + 1)
-    zipf.loglog(rank, counts, color="#0072b2", label="this text")
-    zipf.loglog(rank, counts[0] / rank, "--", color="#d55e00", label="Zipf's law: 1 / rank")
-    zipf.set(xlabel="rank of the token", ylabel="occurrences")
-    zipf.legend()
     text = tokenizer.decode(tokens[:200_000].tolist())
-    sizes = [n for n in (0, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768) if n < len(tokenizer.merges)]
-    sizes.append(len(tokenizer.merges))
-    per_token = [len(text.encode()) / len(tokenizer.first_merges(n).encode(text)) for n in sizes]
-    worth.plot([256 + n for n in sizes], per_token, "o-", color="#0072b2")
-    worth.set(xlabel="vocabulary", ylabel="bytes per token", xscale="log")
+    merges = [n for n in (0, *(2**i for i in range(6, 18))) if n < len(tokenizer.merges)] + [len(tokenizer.merges)]
+    model = tokenizer.data["model"]
+    smaller = lambda n: Tokenizer({**tokenizer.data, "model": {**model, "merges": model["merges"][:n]}})
+    per_token = [len(text.encode()) / len(smaller(n).encode(text)) for n in merges]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.hist(sizes, bins=np.geomspace(sizes.min() / 2, sizes.max() * 2, 40), color="#0072b2")
+    left.set(title="How long documents are", xscale="log", xlabel="tokens in a document", ylabel="documents")
+    middle.loglog(rank, counts, color="#0072b2")
+    middle.loglog(rank, counts[0] / rank, "--", color="#d55e00")
+    middle.set(title="How often tokens occur (dashed: Zipf's law)", xlabel="rank of the token", ylabel="times")
+    right.semilogx([256 + n for n in merges], per_token, "o-", color="#0072b2", base=2)
+    right.set(title="What merges are worth", xlabel="tokens in the vocabulary", ylabel="bytes per token")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
 @dataclass
 class Config:
-    source: list[str] = field(default_factory=list)  # text to encode (default: what chapter 1 learnt from): python, site-packages, shakespeare, tinystories, tinystories-full, enwik8, files, folders, globs
+    source: list[str] = field(default_factory=list)  # python, site-packages, a download, files, folders, globs
+    tokenizer: str = ""  # use the tokenizer of this folder, for example GPT-2's, instead of chapter 1's
     out: str = "out"  # root folder of the course
     workers: int = os.cpu_count() or 1  # processes that encode; the result does not depend on it
-    context: int = 16  # tokens per row of the batch that is shown
+
+
+def choose_tokenizer(config):
+    """Return (tokenizer, source): those of the flags, else what chapter 1 left in `out`."""
+    folder, source = Path(config.out) / "tokenizer", config.source or chapter1.Config().source
+    if config.tokenizer:
+        tokenizer = Tokenizer.load(config.tokenizer)
+        if END_OF_TEXT not in tokenizer.special_tokens:
+            raise CourseError(f"--tokenizer {config.tokenizer}: it has no token {END_OF_TEXT} to part documents")
+        tokenizer.save(folder)                                 # as if chapter 1 had made it
+        write_json(folder / "source.json", {"source": source, "fingerprint": tokenizer.fingerprint()})
+    train_one = f"python 01_tokenizer.py --source {' '.join(source)} --out {config.out}"
+    learnt_from = read_json(folder / "source.json", f"`{train_one}`")["source"]
+    if config.source not in ([], learnt_from):
+        print(f"the tokenizer learnt from {' '.join(learnt_from)}; `{train_one}` would make one for this text")
+    return Tokenizer.load(folder), config.source or learnt_from
 
 
 def main(config):
     """Clean, split, encode and show."""
-    out, report = Path(config.out), {"changed": Counter(), "dropped": Counter(), "examples": {}}
-    downloads = out / "downloads"
-    for name in set(config.source) & set(DOWNLOADS):
-        download(name, downloads)
-    recorded = read_json(out / "tokenizer" / "source.json", f"python 01_tokenizer.py {'--source ' if config.source else ''}"
-                         + " ".join(config.source))
-    source = config.source or recorded["source"]
+    folder, downloads, changed, dropped = Path(config.out) / "data", Path(config.out) / "downloads", {}, Counter()
+    fetched = sum(download(name, downloads).stat().st_size for name in config.source if name in DOWNLOADS)   # bytes
+    tokenizer, source = choose_tokenizer(config)
     if "site-packages" in source:
-        print(describe_packages())
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        print_packages(sysconfig.get_paths()["purelib"])
 
-    def readable():
+    def readable():                                            # read_source gives None for what is not UTF-8
         for text in chapter1.read_source(source, downloads):
-            if text is None:
-                report["dropped"]["not UTF-8"] += 1
-            else:
-                yield text
+            dropped["not UTF-8"] += text is None
+            yield text
 
-    documents = clean(chapter1.split_documents(readable()), report)
-    totals = encode_documents(documents, out / "tokenizer", dtype, out / "data", config.workers)
-    for rule in RULES:
-        example = " -> ".join(map(repr, report["examples"].get(rule, ())))
-        print(f"{rule:20} changed {report['changed'][rule]:,} documents {example}")
-    print("dropped:", ", ".join(f"{n:,} {why}" for why, n in report["dropped"].items()) or "none")
-    for split, total in totals.items():
-        print(f"{split:5} {total['documents']:8,} documents {total['tokens']:12,} tokens {total['bytes']:14,} bytes"
-              f" {total['bytes'] / max(1, total['tokens']):6.2f} bytes per token")
-    write_json(out / "data" / "meta.json", {"source": source, "dtype": dtype, "fingerprint": tokenizer.fingerprint(),
-                                            "splits": totals, "dropped": report["dropped"]})
-    tokens, _ = open_tokens(out / "data", "train")
-    x, y = get_batch(tokens, 0, 2, config.context)
-    for row in range(2):
-        print(f"input  x: {chapter1.show_tokens([tokenizer.decode([i]) for i in x[row].tolist()])!r}")
-        print(f"target y: {chapter1.show_tokens([tokenizer.decode([i]) for i in y[row].tolist()])!r}")
-    draw_statistics(out / "data", tokenizer, out / "data" / "statistics.png")
-    print(f"saved {out / 'data'}; next: python 03_model.py (what is trained) or 04_train.py")
+    documents = clean(chapter1.split_documents(filter(None, readable())), changed, dropped)
+    totals = encode_documents(documents, Path(config.out) / "tokenizer", folder, config.workers,
+                              {"source": source, "dropped": dropped}, fetched if set(source) <= set(DOWNLOADS) else 0)
+    for rule, (count, before, after) in changed.items():
+        print(f"{rule:20} changed {count:,} documents, first {before!a} -> {after!a}")
+    print("dropped:", ", ".join(f"{n:,} {why}" for why, n in dropped.items()))
+    for split, n in totals.items():
+        print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens {n['bytes']:14,} bytes")
+    tokens, _ = open_tokens(folder, "train")
+    for rows in zip(*get_batch(tokens, step=0, B=2, T=min(16, len(tokens) - 1))):
+        for name, row in zip(("input  x", "target y"), rows):
+            print(f"{name}: {chapter1.show_tokens([repr(tokenizer.decode([i]))[1:-1] for i in row.tolist()])}")
+    draw_statistics(tokens, tokenizer, folder / "statistics.png")
+    print(f"saved {folder}; next: python 03_model.py (what is trained) or 04_train.py")
 
 
 if __name__ == "__main__":

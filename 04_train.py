@@ -4,51 +4,36 @@ One step: take a batch, let the model guess each next token, measure its surpris
 the log of the probability it gave to what really came), compute for every weight in which direction
 the loss falls (the gradient), and move the weights a little that way. Then again, some thousand times.
 
-    batch -> model -> loss -> gradients -> clip -> optimizer moves the weights
-      ^                                                            |
-      +------------------------ next step -------------------------+    now and then: evaluate, save
-
-Run:    python 04_train.py                   picks device, precision and preset, and says why
-        python 04_train.py --resume          goes on where the last run stopped (Ctrl-C is safe)
+Run:    python 04_train.py                    picks device, precision and preset, and says why
+        python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
+        python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
         torchrun --nproc-per-node=8 04_train.py --preset modern-124m
-        python 04_train.py --compare out other_out     draws the curves of several runs
-Prints: a line of progress; at each evaluation the held-out loss and a few words by the model.
 Writes: out/base/: the best weights so far as a folder for transformers, resume.pt, log.csv, loss.png.
-Source: Micikevicius et al. 2018 (mixed precision), Jordan et al. 2024 (Muon), Loshchilov & Hutter
-        2019 (AdamW), nanoGPT and modded-nanogpt (what matters for speed).
+Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 (Muon).
 """
-import csv
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from matplotlib.figure import Figure
+from torch import distributed, nn
 
 chapter1, chapter2, chapter3 = map(import_module, ("01_tokenizer", "02_data", "03_model"))
-CourseError, Tokenizer, replacing = chapter1.CourseError, chapter1.Tokenizer, chapter1.replacing
-GPT, GPTConfig = chapter3.GPT, chapter3.GPTConfig
+CourseError, replacing, GPT = chapter1.CourseError, chapter1.replacing, chapter3.GPT
 
 # Legend
 #   R  rows (sequences) of a whole step       T  tokens of a row        V  vocabulary
 #   micro-batch   rows that go through the model at once; a step adds up the gradients of several
-#   targets       y, the next token at each place; IGNORED where nothing is to be learnt
-#   rank, world   number of this process and of all processes, when several GPUs train together
-IGNORED = -100
-
+IGNORED = -100  # a target, that is a next token in y, from which nothing is to be learnt
 RECIPES = {  # how each preset of chapter 3 is trained, unless a flag says otherwise
-    "small": dict(steps=3200, batch_tokens=2048, micro_batch=8, lr=3e-3, matrix_lr=0.02, eval_every=400),
+    "small": dict(steps=3200, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01, eval_every=400),
     "gpu": dict(steps=2500, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=0.02, eval_every=250),
     "124m": dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=0.02, eval_every=250),
 }
@@ -66,27 +51,17 @@ class TrainingConfig:
     weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
     warmup: int = 20  # steps over which the learning rate rises from zero
     clip: float = 1.0  # longest gradient that is taken as it is; a longer one is shortened to it
-    seed: int = 1  # of the weights and of the order of the data
+    seed: int = 1  # of the weights, of the order of the data and of dropout
     eval_every: int | None = None  # steps between evaluations (each also saves)
     patience: int = 0  # stop after so many evaluations without improvement (0: never)
-    stop_at: int = 0  # stop after this step, under the same schedule (0: at the end)
+    stop_at: int = 0  # stop after this step as Ctrl-C would, under the same schedule (0: at the end)
     device: str | None = None  # cpu, cuda, cuda:1, mps (default: the fastest there is)
     precision: str | None = None  # fp32, bf16 or fp16 of the products (default: by the device)
     compile: bool | None = None  # let torch.compile join operations (default: where it pays)
     attention: str = "auto"  # formula, blocks, fused or auto
-    init: str = ""  # folder with weights to start from
+    init: str = ""  # folder with weights and tokenizer to start from
     resume: bool = False  # go on from resume.pt in the folder that is being written
     out: str = "out"  # root folder of the course
-
-
-@dataclass
-class Config(TrainingConfig):
-    """Settings of pre-training."""
-    preset: str | None = None  # shape of the model, see 03_model.py --help (chosen by the device)
-    context: int | None = None  # tokens of a row
-    dropout: float | None = None  # share of activations dropped in training, for small data read often
-    eval_tokens: int = 65536  # held-out tokens looked at in each evaluation
-    compare: list[str] = field(default_factory=list)  # root folders whose curves to draw in one picture, instead of training
 
 
 # ---- The machine: device, precision, compilation, processes --------------------------------------
@@ -97,82 +72,61 @@ class Machine:
     device: torch.device
     precision: str
     compile: bool
-    rank: int = 0
-    world: int = 1
+    rank: int = 0  # number of this process, when several GPUs train together
+    world: int = 1  # how many they are
 
     def autocast(self):
         """Return a context in which products run in the chosen precision; weights stay float32."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-
-def cpu_likes_bf16():
-    """Tell whether this processor multiplies bfloat16 in hardware (else it is slower than float32)."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
 def choose_machine(config):
-    """Return the Machine for the flags given, and print each choice with its reason."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return the Machine: what the flags ask for, else what the hardware is good at. Prints the reasons."""
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    found = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(config.device or (f"cuda:{local}" if found == "cuda" else found))
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=config.device or found).device
     except (RuntimeError, AssertionError) as error:
         raise CourseError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()   # bool() is False
+    best = "bf16" if fast else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        precision = ("bf16", "this GPU multiplies it in hardware") if torch.cuda.is_bf16_supported(False) \
-            else ("fp16", "this GPU is older than bfloat16; losses are scaled against underflow")
-    elif device.type == "cpu" and cpu_likes_bf16():
-        precision = "bf16", "this processor multiplies it in hardware"
-    else:
-        precision = "fp32", "this processor has no fast half precision"
-    compiles = (False, "not on Windows or Apple's GPU") if os.name == "nt" or device.type == "mps" else (True, "it pays")
-    machine = Machine(device, config.precision or precision[0],
-                      compiles[0] if config.compile is None else config.compile, rank, world)
-    if machine.precision not in ("fp32", "bf16", "fp16"):
-        raise CourseError(f"--precision {machine.precision}: choose fp32, bf16 or fp16")
-    if machine.precision == "fp16" and device.type != "cuda":
-        raise CourseError(f"--precision fp16 needs a CUDA GPU, not {device.type}: use bf16 or fp32")
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = config.precision or best
+    if precision not in ("fp32", "bf16", "fp16") or (precision == "fp16" and device.type != "cuda"):
+        raise CourseError(f"--precision {precision}: choose fp32, bf16 or, on a CUDA GPU, fp16; this is {device}")
+    compiles = config.compile if config.compile is not None else device.type != "mps"
     if rank == 0:
-        print(f"device {device} ({'--device' if config.device else 'the fastest there is'}); "
-              f"precision {machine.precision} ({'--precision' if config.precision else precision[1]}); "
-              f"compile {machine.compile} ({compiles[1] if config.compile is None else 'as asked'})"
-              + (f"; {world} processes" if world > 1 else ""))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return machine
+        print(f"device {device} ({'by the flag' if config.device else 'the fastest there is'}), precision {precision} (this "
+              f"hardware is best at {best}), compile {compiles} ({'by the flag' if config.compile is not None else 'pays off'})")
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Machine(device, precision, compiles, rank, world)
 
 
-# ---- Optimizer and schedule ----------------------------------------------------------------------
+# ---- What a step needs: optimizer, schedule, loss ------------------------------------------------
 
 def make_optimizers(model, config):
-    """Return the optimizers of a model: Muon for the matrices inside the blocks, AdamW for the rest.
+    """Return {name: optimizer}: Muon for the matrices inside the blocks, AdamW for the rest, or for all.
 
     A gradient matrix is dominated by a few directions. Muon averages gradients over time (momentum)
     and then makes the update orthogonal: all directions equally strong, the weak ones included. Five
     steps of a polynomial iteration (Newton-Schulz) do that with matrix products alone. An embedding is
     a table of rows, not a map between directions, so it stays with AdamW, as do norms and biases.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in trained if p.ndim == 2 and "layers." in name]
-    tables = [p for name, p in trained if p.ndim == 2 and "layers." not in name]
-    vectors = [p for name, p in trained if p.ndim != 2]
-    groups = [{"params": tables + ([] if config.optimizer == "muon" else hidden), "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)] if groups else []
-    if config.optimizer == "muon" and hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=config.matrix_lr, weight_decay=config.weight_decay,
-                                           momentum=0.95, adjust_lr_fn="match_rms_adamw"))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+    if config.optimizer not in ("muon", "adamw"):
+        raise CourseError(f"--optimizer {config.optimizer}: choose muon or adamw")
+    groups, decay = {"muon": [], "tables": [], "vectors": []}, config.weight_decay
+    for name, p in model.named_parameters():
+        matrix = "muon" if config.optimizer == "muon" and "layers." in name else "tables"
+        groups[matrix if p.ndim == 2 else "vectors"] += [p] if p.requires_grad else []
+    rest = [{"params": groups["tables"]}, {"params": groups["vectors"], "weight_decay": 0.0}]
+    made = {"adamw": torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)}
+    if groups["muon"]:
+        made["muon"] = torch.optim.Muon(groups["muon"], config.matrix_lr, decay, adjust_lr_fn="match_rms_adamw")
+    return made
 
 
 def lr_share(step, config):
@@ -180,345 +134,266 @@ def lr_share(step, config):
     return min(1.0, (step + 1) / max(1, config.warmup)) * max(0.0, 1 - step / config.steps)
 
 
-# ---- Loss and evaluation -------------------------------------------------------------------------
-
-class Objective(nn.Module):
-    """The model together with its loss, so that both are compiled and shared among GPUs as one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+class Objective(nn.Sequential):
+    """The model together with its loss, so that both are compiled as one: Objective(model)(x, y)."""
 
     def forward(self, x, y, documents=None):
         """Return the summed loss in nats of targets y (R, T), without the IGNORED ones."""
-        logits = self.model(x, documents)                      # (R, T) -> (R, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
+        logits = self[0](x, documents).float()                 # (R, T) -> (R, T, V)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def evaluate(model, machine, tokens, bytes_of, limit, rows=8):
-    """Return (loss in nats per token, bits per byte) over the first blocks of held-out tokens.
-
-    bytes_of: (V,), the bytes of each token, so that models with other tokenizers can be compared.
-    """
-    T, objective = model.config.context, Objective(model)
-    blocks = min(len(tokens) - 1, max(T, limit)) // T
-    if blocks < 1:
-        raise CourseError(f"the held-out split has {len(tokens):,} tokens, too few for a context of {T:,} (+ 1): "
-                          "use more text or a smaller --context")
-    total = torch.zeros(3, dtype=torch.float64)                # nats, tokens, bytes
-    model.eval()
+    """Return (nats per token, bits per byte) of the first `limit` tokens; bytes_of (V,): how long each token is."""
+    T, objective, nats = model.config.context, Objective(model).eval(), 0.0
+    if len(tokens) <= T:
+        raise CourseError(f"{len(tokens):,} held-out tokens are too few for a context of {T:,}: use more text")
+    count = min(len(tokens) - 1, max(T, limit)) // T * T
+    ids = torch.from_numpy(tokens[:count + 1].astype(np.int64))
     with torch.no_grad(), machine.autocast():
-        for start in range(0, blocks, rows):
-            count = min(rows, blocks - start)
-            part = torch.from_numpy(np.asarray(tokens[start * T:(start + count) * T + 1]).astype(np.int64))
-            x, y = part[:-1].view(count, T), part[1:].view(count, T)
-            nats = objective(x.to(machine.device), y.to(machine.device)).item()
-            total += torch.tensor([nats, y.numel(), bytes_of[y].sum().item()], dtype=torch.float64)
-    model.train()
-    nats, count, size = total.tolist()
-    return nats / count, nats / math.log(2) / max(1, size)
+        for x, y in zip(ids[:-1].view(-1, T).split(rows), ids[1:].view(-1, T).split(rows)):   # (rows, T)
+            nats += objective(x.to(machine.device), y.to(machine.device)).item()
+    return nats / count, nats / math.log(2) / max(1, bytes_of[ids[1:]].sum().item())
 
 
 def sample(model, ids, count, seed=0):
     """Return `count` more ids after a list of ids: the shortest sampler there is. Chapter 5 does better."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), model.embed_tokens.weight.device
     for _ in range(count):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids[-model.config.context:]], device=model.embed_tokens.weight.device))
-        ids = ids + torch.multinomial(logits[0, -1].float().softmax(-1).cpu(), 1, generator=generator).tolist()
+        logits = model(torch.tensor([ids[-model.config.context:]], device=device))[0, -1]     # (V)
+        ids = ids + torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).tolist()
     return ids
 
 
-# ---- Checkpoints and logs ------------------------------------------------------------------------
+# ---- A run: picture, checkpoint, the loop itself --------------------------------------------------
 
-def save_checkpoint(path, step, model, optimizers, scaler, config, log, facts):
-    """Write all that a run needs to go on exactly, to one file, moved into place when it is whole."""
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def draw_curves(logs, path):
+    """Draw log.csv files {name: file} against the tokens read: values pale, their running mean strong."""
+    figure, colors = Figure(figsize=(12, 6), layout="constrained"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+    columns = "loss", "val_loss", "val_bits_per_byte", "grad_norm", "lr_share", "tokens_per_second"
+    for place, column in enumerate(columns, 1):
+        axis = figure.add_subplot(2, 3, place, title=column.replace("_", " "), xlabel="tokens read")
+        for color, (name, file) in zip(colors * len(logs), logs.items()):
+            if not file.exists():
+                raise CourseError(f"{file} does not exist: 04_train.py writes it")
+            table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1, encoding="utf-8")
+            tokens, values = (table[key][np.isfinite(table[column])] for key in ("tokens", column))
+            window = 1 + len(values) // 50
+            mean = np.convolve(values, np.full(window, 1 / window), "valid") if len(values) else values
+            axis.plot(tokens, values, color=color, alpha=0.3, linewidth=0.8)
+            axis.plot(tokens[window - 1:], mean, color=color, label=name, marker="." if window == 1 else None)
+    figure.axes[0].legend()
     with replacing(path) as temporary:
-        torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                    "scaler": scaler.state_dict(), "random": random, "config": asdict(config),
-                    "model_config": asdict(model.config), "log": log, "facts": facts}, temporary)
+        figure.savefig(temporary, dpi=110)
+
+
+def save_run(path, run, parts):
+    """Write resume.pt (run: plain values; parts: what has a state_dict), log.csv and loss.png, each whole or not."""
+    if not all(p.isfinite().all() for p in parts["model"].parameters()):
+        raise CourseError(f"the weights are no longer finite, {path} stays as it was: try a lower --lr and --matrix-lr")
+    log, rows = path.with_name("log.csv"), [list(row.values()) for row in run["log"]]
+    with replacing(path) as temporary:
+        torch.save({**run, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+    with replacing(log) as temporary:
+        np.savetxt(temporary, rows, "%.12g", ",", header=",".join(run["log"][0]), comments="", encoding="utf-8")
+    draw_curves({path.parent.name: log}, path.with_name("loss.png"))
+
+
+def take_stock(path, run, parts, judge, keep):
+    """Evaluate the model, keep it for the world if it is the best so far, and save the run."""
+    loss, bits, remark = judge(parts["model"].eval())
+    parts["model"].train()
+    print(f"step {run['step']:,}: held-out loss {loss:.3f} (perplexity {math.exp(min(50, loss)):.1f}), {bits:.3f} bits "
+          f"per byte; {sum(row['clipped'] for row in run['log']):,} steps clipped; {remark}")
+    run["log"][-1].update(val_loss=loss, val_bits_per_byte=bits)
+    run.update(worse=0 if loss < run["best"] else run["worse"] + 1, best=min(run["best"], loss))
+    if run["worse"] == 0:
+        keep(parts["model"])
+    save_run(path, run, parts)
 
 
 def read_checkpoint(path, config):
-    """Return (checkpoint, its config with the new --stop-at). Raises CourseError for a flag that contradicts."""
-    if not Path(path).exists():
-        raise CourseError(f"{path} does not exist: there is no run to resume; leave --resume out to start one")
+    """Return (checkpoint, its config) for --resume. Raises CourseError naming a flag that contradicts it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         old = type(config)(**saved["config"])
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise CourseError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    free = {"resume", "stop_at", "out", "patience"}
-    for item in fields(config):
-        given, default = getattr(config, item.name), getattr(type(config)(), item.name)
-        if item.name not in free and given not in (default, getattr(old, item.name)):
-            raise CourseError(f"--{item.name.replace('_', '-')} {given} contradicts the run being resumed, which has "
-                              f"{getattr(old, item.name)}: leave the flag out, or start a new run without --resume")
-    return saved, replace(old, **{name: getattr(config, name) for name in free})
-
-
-COLUMNS = ("step", "tokens", "seconds", "loss", "grad_norm", "lr_share", "tokens_per_second", "val_loss", "val_bits_per_byte")
-
-
-def write_log(path, log):
-    """Write the rows of a run to log.csv."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(log)
-
-
-def draw_curves(logs, path):
-    """Draw loss, held-out bits per byte, gradient norm and speed of runs {name: rows} against tokens."""
-    import_module("matplotlib").use("Agg")
-    pyplot = import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    panels = (("loss", "training loss (nats per token)"), ("val_bits_per_byte", "held-out bits per byte"),
-              ("grad_norm", "gradient norm, and share of the peak learning rate"), ("tokens_per_second", "tokens per second"))
-    for name, rows in logs.items():
-        for axis, (column, title) in zip(axes.flat, panels):
-            points = [(float(row["tokens"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
-            axis.plot(*zip(*points) if points else ((), ()), label=name, marker="o" if column.startswith("val") else None)
-            axis.set(title=title, xlabel="tokens read")
-        axes[1, 0].plot([float(row["tokens"]) for row in rows], [float(row["lr_share"]) for row in rows], "--", color="gray")
-    axes[0, 1].legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-
-
-def report(text, final=False):
-    """Print one updating line on a terminal, plain lines elsewhere."""
-    print(f"\r{text}\x1b[K" if sys.stdout.isatty() else text, end="\n" if final or not sys.stdout.isatty() else "", flush=True)
-
-
-# ---- The loop ------------------------------------------------------------------------------------
-
-def out_of_memory(error):
-    """Tell whether an error means that memory ran out (CPU and GPU say it differently)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def compiled(objective, machine, rows):
-    """Return the objective compiled, or as it is after one printed line if that is not possible."""
-    if not machine.compile:
-        return objective
-    start, fast, random = time.time(), torch.compile(objective), torch.get_rng_state()
-    try:
-        with machine.autocast():
-            fast(*rows).backward()
-        print(f"compiled in {time.time() - start:.0f} s") if machine.rank == 0 else None
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        print(f"not compiled ({type(error).__name__}): training goes on without, about a third slower")
-        fast = objective
-    objective.zero_grad(set_to_none=True)
-    torch.set_rng_state(random)
-    return fast
+    except Exception as error:                                 # a damaged file fails in many ways
+        raise CourseError(f"no run can be resumed from {path} ({type(error).__name__}): leave --resume out") from None
+    typed, defaults, new = {word.split("=")[0] for word in sys.argv}, asdict(type(config)()), {}
+    for name, value in asdict(config).items():
+        flag, was = "--" + name.replace("_", "-"), getattr(old, name)
+        given = value != defaults[name] or flag in typed       # --seed 1 is given, though 1 is the default
+        if name in ("resume", "stop_at", "out") or (given and name in ("patience", "device")):
+            new[name] = value
+        elif given and value != was:
+            raise CourseError(f"{flag} {value} contradicts the run to resume, which has {was}: leave one flag out")
+    return saved, replace(old, **new)
 
 
 def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
-    batch(step) -> (x, y, documents): the rows of a whole step, ids (R, T) and targets (R, T), IGNORED
-    where nothing is learnt; documents (R, T) or None, see chapter 3. judge(model) -> (held-out loss,
-    bits per byte, a remark). keep(model) stores the best model for the world. facts: what must be
-    equal in a resumed run. saved: a checkpoint to go on from.
+    batch(step) -> x, y, documents (None, or as in chapter 3), each (R, T). judge(model) -> held-out loss, bits per
+    byte, a remark. keep(model) stores the best. facts: what a resumed run must share; saved: its checkpoint.
     """
-    path, first, log = Path(folder) / "resume.pt", 0, []
-    model.to(machine.device).train()
-    optimizers = make_optimizers(model, config)
+    for name in ("steps", "batch_tokens", "micro_batch", "eval_every"):
+        if getattr(config, name) < 1:
+            raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least 1")
+    if saved and saved["facts"] != facts:
+        raise CourseError(f"the run began with {saved['facts']}, here is {facts}: bring that back or drop --resume")
+    objective = torch.compile(Objective(model), disable=not machine.compile)
+    optimizers = make_optimizers(model.to(machine.device).train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    if saved:
-        for name, value in (facts or {}).items():
-            if saved["facts"].get(name) != value:
-                raise CourseError(f"the {name} is not the one this run was started with: {value}, then {saved['facts'].get(name)}")
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(saved["scaler"])
-        first, log = saved["step"], saved["log"]
-
-    def rows_of(step):
-        """Return this process's micro-batches of a step, and the targets in the whole step."""
-        x, y, documents = batch(step)
-        mine = slice(machine.rank, None, machine.world)
-        parts = zip(*(part[mine].split(config.micro_batch) for part in ((x, y) if documents is None else (x, y, documents))))
-        return [[part.to(machine.device) for part in rows] for rows in parts], max(1, int((y != IGNORED).sum()))
-
-    objective = compiled(Objective(model), machine, rows_of(first)[0][0])
-    if machine.world > 1:
-        objective = DistributedDataParallel(objective)
-    if saved:
-        torch.set_rng_state(saved["random"]["cpu"])
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"]) if saved["random"]["cuda"] else None
-    stop = []                                                  # signals that have arrived
-    handlers = {number: signal.signal(number, lambda got, _: stop.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
-    last = min(config.stop_at or config.steps, config.steps)
-    best = min((row["val_loss"] for row in log if row["val_loss"] is not None), default=math.inf)
-    seconds, tokens = (log[-1]["seconds"], log[-1]["tokens"]) if log else (0.0, 0)
-    skipped = worse = 0
-    clock = time.time()
-    for step in range(first, last):
-        # 1. The learning rate of this step.
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * lr_share(step, config)
-        # 2. Gradients of all micro-batches add up to the gradient of the whole step: each loss is a sum
-        #    over targets, divided by the targets of the whole step (not of the micro-batch, which may
-        #    have fewer). DDP averages over processes, so it is multiplied by their number first.
-        micro_batches, targets = rows_of(step)
-        nats = torch.zeros(2, dtype=torch.float64, device=machine.device)         # the step's loss; a wish to stop
-        try:
-            for i, rows in enumerate(micro_batches):
-                waits = machine.world > 1 and i < len(micro_batches) - 1          # exchange gradients once
-                with objective.no_sync() if waits else nullcontext():
-                    with machine.autocast():
-                        loss = objective(*rows)
-                    scaler.scale(loss * (machine.world / targets)).backward()
-                nats[0] += loss.detach()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            half = max(1, config.micro_batch // 2)
-            raise CourseError(f"out of memory with --micro-batch {config.micro_batch} rows of {rows[0].shape[1]} tokens: "
-                              f"--micro-batch {half} needs half, and {2 * len(micro_batches)} of them make the same step") from None
-        nats[1] = len(stop) + (0 < config.patience <= worse)
-        if machine.world > 1:
-            dist.all_reduce(nats)
-        # 3. Take the scale of fp16 out, then shorten a gradient that is too long.
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
-        # 4. Move the weights, unless the numbers have left the range.
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped > (20 if scaler.is_enabled() else 4):
-            raise CourseError(f"the gradient is not finite for {skipped} steps up to step {step}: the last good state is "
-                              f"{path}; try a lower --lr and --matrix-lr, or --precision fp32")
-        for optimizer in optimizers:
-            if math.isfinite(norm):
+    parts, path = {"model": model, "scaler": scaler, **optimizers}, Path(folder) / "resume.pt"
+    run = {"step": 0, "log": [], "best": math.inf, "worse": 0, **(saved or {}), "facts": facts,
+           "config": asdict(replace(config, precision=machine.precision, compile=machine.compile)),
+           "model_config": asdict(model.config)}
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(run.pop(name))
+    first, skipped, signals, reasons, chief = run["step"], 0, [], torch.zeros(3), machine.rank == 0
+    handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in range(first, min(config.steps, config.stop_at or config.steps)):
+            # 1. The learning rate and dropout's random numbers follow from the step, and need no saving.
+            start, share = time.time(), lr_share(step, config)
+            for name, optimizer in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = share * (config.matrix_lr if name == "muon" else config.lr)
+            torch.manual_seed(int(np.random.default_rng((config.seed, step, machine.rank)).integers(2**32)))
+            # 2. Gradients of all micro-batches add up to that of the whole step: each loss is a sum over targets,
+            #    divided by the targets of the whole step, not of the micro-batch, which may have fewer.
+            rows = [part for part in batch(step) if part is not None]                    # x, y, ...: (R, T) each
+            targets, nats = int((rows[1] != IGNORED).sum()) or 1, torch.zeros((), device=machine.device)
+            mine = [part[machine.rank::machine.world].to(machine.device).split(config.micro_batch) for part in rows]
+            for micro_batch in zip(*mine):
+                with machine.autocast():
+                    loss = objective(*micro_batch)
+                scaler.scale(loss / targets).backward()
+                nats += loss.detach()
+            # 3. So do those of all processes. They also share the reasons to stop, which one alone may know.
+            reasons = torch.tensor([0 < config.patience <= run["worse"], *(n in signals for n in handlers)]).to(nats)
+            if machine.world > 1:
+                for tensor in (nats, reasons, *(p.grad for p in model.parameters() if p.requires_grad)):
+                    distributed.all_reduce(tensor)
+            # 4. Take the scale of fp16 out, then shorten a gradient that is too long.
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+            # 5. Move the weights, unless the numbers have left their range (with fp16, that mends itself).
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped > (20 if scaler.is_enabled() else 4):
+                raise CourseError(f"no finite gradient in {skipped} steps: lower --lr and --matrix-lr; the last good "
+                                  f"state {'was not saved' if run['best'] == math.inf else f'is {path}'}")
+            for optimizer in () if skipped else optimizers.values():
                 scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
-        # 5. Log.
-        done, ends = step + 1, step + 1 == last or nats[1].item() > 0
-        tokens, now = tokens + sum(rows[0].numel() for rows in micro_batches) * machine.world, time.time()
-        speed = (tokens - (log[-1]["tokens"] if log else 0)) / max(1e-9, now - clock)
-        seconds, clock = seconds + now - clock, now
-        row = {"step": done, "tokens": tokens, "seconds": round(seconds, 3), "loss": nats[0].item() / targets, "grad_norm": norm,
-               "lr_share": lr_share(step, config), "tokens_per_second": round(speed), "val_loss": None, "val_bits_per_byte": None}
-        log.append(row)
-        if machine.rank == 0 and (sys.stdout.isatty() or done % 100 == 0):
-            left = (last - done) * seconds / done
-            report(f"step {done:,}/{last:,}  loss {row['loss']:.3f}  gradient {norm:.2f}  {speed:,.0f} tokens/s  "
-                   f"{left // 60:.0f}:{left % 60:02.0f} left")
-        # 6. Evaluate and save, now and then and at the end.
-        if machine.rank == 0 and (ends or done % config.eval_every == 0):
-            row["val_loss"], row["val_bits_per_byte"], remark = judge(model)
-            report(f"step {done:,}  held-out loss {row['val_loss']:.3f} (perplexity {math.exp(min(50, row['val_loss'])):.1f}), "
-                   f"{row['val_bits_per_byte']:.3f} bits per byte  {remark}", final=True)
-            worse = 0 if row["val_loss"] < best else worse + 1
-            if row["val_loss"] < best:
-                best = row["val_loss"]
-                keep(model)
-            save_checkpoint(path, done, model, optimizers, scaler, config, log, facts)
-            write_log(Path(folder) / "log.csv", log)
-            draw_curves({Path(folder).name: log}, Path(folder) / "loss.png")
-            clock = time.time()
-        if ends:
-            break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop:
-        print(f"stopped after step {log[-1]['step']}; everything is in {path}: add --resume to go on")
-        sys.exit(128 + stop[0])
-    return log
+            scaler.update()
+            model.zero_grad(set_to_none=True)
+            # 6. Log; now and then evaluate and save.
+            loss, tokens, seconds, run["step"] = nats.item() / targets, rows[0].numel(), time.time() - start, step + 1
+            run["log"].append({"step": step + 1, "tokens": (step + 1) * tokens, "seconds": seconds, "loss": loss,
+                               "val_loss": math.nan, "val_bits_per_byte": math.nan, "grad_norm": norm,
+                               "clipped": norm > config.clip, "lr_share": share, "tokens_per_second": tokens / seconds})
+            if chief and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
+                take_stock(path, run, parts, judge, keep)
+            elif chief and (sys.stdout.isatty() or step == first or (step + 1) % 100 == 0):
+                print(f"step {step + 1:,}/{config.steps:,}: loss {loss:.3f}, gradient {norm:.2f}, {seconds:.2f} s, "
+                      f"{tokens / seconds:,.0f} tokens/s", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
+            if reasons.any():
+                break
+        if chief and run["step"] < config.steps:
+            save_run(path, run, parts)
+            print(f"stopped after step {run['step']}: --resume goes on from {path}")
+    except (RuntimeError, OSError) as error:
+        words, half = str(error), max(1, config.micro_batch // 2)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and run["step"] == first:
+            print(f"not compiled, a third slower: {words.splitlines()[0]}")
+            return train(model, batch, config, replace(machine, compile=False), folder, judge, keep, facts, saved)
+        if "out of memory" in words or "can't allocate memory" in words:                     # of a GPU, of a CPU
+            raise CourseError(f"out of memory with --micro-batch {config.micro_batch}: {half} needs half, and twice as "
+                              "many of them make the same step; a smaller --context helps too") from None
+        if isinstance(error, OSError) or "unexpected pos" in words:                          # torch's full disk
+            raise CourseError(f"cannot write {path.parent} ({error}): what is there is whole, see --resume") from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if run["step"] < config.steps and not reasons[0]:          # stopped by a signal or --stop-at, not by patience
+        sys.exit(130 if reasons[1] else 143 if reasons[2] else 0)
+    return run["log"]
 
 
 # ---- The script ----------------------------------------------------------------------------------
 
-def with_recipe(config, preset, recipe):
-    """Return the config with everything that was not given filled in from a recipe."""
-    unset = {name: value for name, value in recipe.items() if getattr(config, name) is None}
-    return replace(config, preset=preset, **unset)
+@dataclass
+class Config(TrainingConfig):
+    preset: str | None = None  # shape of the model, see 03_model.py --help (default: by the device)
+    context: int | None = None  # tokens of a row
+    dropout: float | None = None  # share of activations dropped in training, for small data read often
+    eval_tokens: int = 65536  # held-out tokens looked at in each evaluation
+    compare: list[str] = field(default_factory=list)  # root folders whose runs to draw in one picture; no training
 
 
-def save_folder(model, tokenizer, folder, stops):
+def save_folder(model, tokenizer, folder, stops, template=""):
     """Write weights, config, tokenizer and generation_config.json: a folder that transformers opens."""
     model.save(folder)
     tokenizer.save(folder)
-    end = tokenizer.special_tokens.get(chapter1.END_OF_TEXT)
-    chapter1.write_json(Path(folder) / "generation_config.json", {"bos_token_id": end, "eos_token_id": stops, "pad_token_id": end})
+    ids = dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.special_tokens.get(chapter1.END_OF_TEXT))
+    chapter1.write_json(Path(folder) / "generation_config.json", {**ids, "eos_token_id": stops})
+    if template:
+        with replacing(Path(folder) / "chat_template.jinja") as temporary:
+            temporary.write_text(template, encoding="utf-8")
 
 
-def start_model(config, tokenizer):
-    """Return the model to train: from --init, or a new one of the preset's shape."""
-    if config.init:
-        model = GPT.load(config.init)
-        if config.context:
-            raise CourseError("--context cannot be set with --init: the folder's own is used")
-        return model
-    shape = {**chapter3.PRESETS[config.preset], "vocab_size": (tokenizer.vocab_size + 63) // 64 * 64}
-    shape.update({name: getattr(config, name) for name in ("context", "dropout") if getattr(config, name) is not None})
-    return GPT(GPTConfig(**shape, attention=config.attention))
+def start_model(config, vocab_size, saved_shape):
+    """Return the model of a checkpoint, of --init, or a new one of the preset's shape."""
+    given = {name: getattr(config, name) for name in ("context", "dropout") if getattr(config, name) is not None}
+    if config.init and given:
+        raise CourseError(f"--{min(given)} belongs to the model of --init: leave it out")
+    shape = {**chapter3.PRESETS[config.preset], "vocab_size": -(-vocab_size // 64) * 64, **given, **saved_shape}
+    model = GPT.load(config.init) if config.init and not saved_shape else GPT(chapter3.GPTConfig(**shape))
+    model.config.attention = config.attention
+    return model
 
 
 def main(config):
     """Train on out/data and keep the best model in out/base."""
+    out, folder = Path(config.out), Path(config.out) / "base"
     if config.compare:
-        logs = {}
-        for root in config.compare:
-            with open(Path(root) / "base" / "log.csv", encoding="utf-8", newline="") as file:
-                logs[root] = list(csv.DictReader(file))
-        draw_curves(logs, Path(config.out) / "compare.png")
-        print(f"drew {Path(config.out) / 'compare.png'}")
-        return
-    out, folder, saved = Path(config.out), Path(config.out) / "base", None
-    tokenizer = Tokenizer.load(config.init or out / "tokenizer")
-    train_tokens, meta = chapter2.open_tokens(out / "data", "train")
-    val_tokens, test_tokens = (chapter2.open_tokens(out / "data", split)[0] for split in ("val", "test"))
-    if meta["fingerprint"] != tokenizer.fingerprint():
-        raise CourseError(f"{out / 'data'} was encoded with another tokenizer than {config.init or out / 'tokenizer'}: "
-                          "run 02_data.py again")
-    if config.resume:
-        saved, config = read_checkpoint(folder / "resume.pt", config)
+        draw_curves({root: Path(root) / "base" / "log.csv" for root in config.compare}, out / "compare.png")
+        return print(f"drew {out / 'compare.png'}")
+    saved, config = read_checkpoint(folder / "resume.pt", config) if config.resume else (None, config)
     machine = choose_machine(config)
     preset = config.preset or ("small" if machine.device.type == "cpu" else "gpu")
     if preset not in chapter3.PRESETS:
         raise CourseError(f"--preset {preset}: choose one of {', '.join(chapter3.PRESETS)}")
-    config = with_recipe(config, preset, RECIPES.get(preset, RECIPES["124m"]))
+    recipe = RECIPES.get(preset, RECIPES["124m"]).items()
+    config = replace(config, preset=preset, **{name: value for name, value in recipe if getattr(config, name) is None})
+    tokenizer = chapter1.Tokenizer.load(config.init or out / "tokenizer")
+    opened = {split: chapter2.open_tokens(out / "data", split) for split in ("train", "val", "test")}
+    texts, meta = {split: tokens for split, (tokens, _) in opened.items()}, opened["train"][1]
+    if meta["fingerprint"] != tokenizer.fingerprint():
+        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {config.init or out / 'tokenizer'}")
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**saved["model_config"])) if saved else start_model(config, tokenizer)
-    T, parameters = model.config.context, sum(p.numel() for p in model.parameters())
-    R = max(1, config.batch_tokens // T)
-    bytes_of = torch.zeros(model.config.vocab_size)
-    for i, token in tokenizer.bytes_of.items():
-        bytes_of[i] = len(token) if i not in tokenizer.special_tokens.values() else 0
+    model = start_model(config, tokenizer.vocab_size, saved["model_config"] if saved else {}).to(machine.device)
+    T, V, R = model.config.context, model.config.vocab_size, max(1, config.batch_tokens // model.config.context)
+    lengths = {i: len(token) for token, i in tokenizer.tokens.items()}
+    bytes_of = torch.tensor([lengths.get(i, 0) for i in range(V)])
     if machine.rank == 0:
-        print(f"preset {preset}: {parameters:,} parameters; {config.steps:,} steps of {R} x {T} tokens, "
-              f"{config.steps * R * T / max(1, len(train_tokens)):.1f} epochs; first loss should be near {math.log(model.config.vocab_size):.2f}")
-
-    def batch(step):
-        x, y = chapter2.get_batch(train_tokens, step, R, T, config.seed)
-        return torch.from_numpy(x.copy()), torch.from_numpy(y.copy()), None
-
-    def judge(model):
-        loss, bits = evaluate(model, machine, val_tokens, bytes_of, config.eval_tokens)
-        text = tokenizer.decode(sample(model, val_tokens[:8].tolist(), 24))
-        return loss, bits, repr(text)
-
-    keep = partial(save_folder, tokenizer=tokenizer, folder=folder, stops=[tokenizer.special_tokens[chapter1.END_OF_TEXT]])
-    train(model, batch, config, machine, folder, judge, keep, {"tokenizer": tokenizer.fingerprint(), "data": len(train_tokens)}, saved)
-    if machine.rank == 0:
-        best = GPT.load(folder).to(machine.device)
-        for split, tokens in (("val", val_tokens), ("test", test_tokens)):
-            if len(tokens) > T:
-                loss, bits = evaluate(best, machine, tokens, bytes_of, len(tokens))
-                print(f"{split}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte")
-        print(f"saved {folder}; next: python 05_sample.py")
-    if machine.world > 1:
-        dist.destroy_process_group()
+        loss, _ = evaluate(model, machine, texts["val"], bytes_of, T)                         # fails early, if it does
+        print(f"preset {preset}, {sum(p.numel() for p in model.parameters()):,} parameters; {config.steps:,} steps of "
+              f"{R} x {T} tokens; the loss is {loss:.2f} now (a guess among {V:,} tokens: {math.log(V):.2f})")
+    batch = lambda step: (*map(torch.from_numpy, chapter2.get_batch(texts["train"], step, R, T, config.seed)), None)
+    judge = lambda model: (*evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens),
+                           repr(tokenizer.decode(sample(model, texts["val"][:8].tolist(), 24))))
+    keep = lambda model: save_folder(model, tokenizer, folder, [tokenizer.special_tokens[chapter1.END_OF_TEXT]])
+    facts = {"tokenizer": tokenizer.fingerprint(), "data": meta["splits"]["train"]}
+    train(model, batch, config, machine, folder, judge, keep, facts, saved)
+    if machine.rank > 0:
+        return
+    for split in [split for split in ("val", "test") if len(texts[split]) > T]:
+        loss, bits = evaluate(GPT.load(folder).to(machine.device), machine, texts[split], bytes_of, len(texts[split]))
+        print(f"{split}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte")
+    print(f"saved {folder}; next: python 05_sample.py")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Every command in the README names scripts and flags that exist; those that fit a CPU are also run."""
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN = ("# GPU", "# network", "# long", "# needs", "# package")          # marks in the README
+TINY = {"04_train.py": "--steps 6 --context 64 --batch-tokens 256 --micro-batch 4 --eval-every 3 --eval-tokens 1000 --no-compile",
+        "06_finetune.py": "--steps 4 --batch-tokens 256 --micro-batch 4 --eval-every 2 --tasks 5 --no-compile"}
+
+
+def commands():
+    """Return (words, line) of each `python 0N_*.py ...` or `torchrun ...` in the README's shell blocks and in backquotes."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`((?:python|torchrun) [^`]+\.py[^`]*)`", README)
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|;", line.split("#")[0]):
+            words = shlex.split(part)
+            scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
+            if scripts:
+                found.append((words[scripts[0]:], line))
+    return found
+
+
+def flags_of(script):
+    """Return the flags of a chapter or benchmark; a chapter's come from its Config."""
+    if not re.match(r"0\d_", script):
+        return set(re.findall(r"--[\w-]+", (ROOT / script).read_text(encoding="utf-8")))
+    names = [item.name.replace("_", "-") for item in dataclasses.fields(import_module(script[:-3]).Config)]
+    return {f"--{name}" for name in names} | {f"--no-{name}" for name in names} | {"--help"}
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) > 20
+
+
+@pytest.mark.parametrize("words, line", commands(), ids=[" ".join(words)[:70] for words, _ in commands()])
+def test_command_names_what_exists(words, line):
+    assert (ROOT / words[0]).exists(), line
+    unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in flags_of(words[0])]
+    assert not unknown, (line, unknown)
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_figure_is_shown():
+    for figure in (ROOT / ".github" / "figures").glob("*"):
+        assert figure.name in README, figure
+
+
+def test_the_readme_is_short_enough():
+    assert len(README.splitlines()) <= 420
+
+
+@pytest.mark.readme
+def test_commands_run(tmp_path):
+    """Run what fits a CPU in a copy of the course, on a few modules and with tiny models."""
+    for chapter in ROOT.glob("0[1-6]_*.py"):
+        shutil.copy(chapter, tmp_path)
+    (tmp_path / "my_notes").mkdir()
+    for number in range(40):
+        (tmp_path / "my_notes" / f"{number}.txt").write_text(f"note {number}: " + "how to boil an egg, " * number, encoding="utf-8")
+    (tmp_path / "mine.jsonl").write_text('{"instruction": "Say hello.", "output": "Hello!"}\n', encoding="utf-8")
+    for source in ("01_tokenizer.py --source my_notes --vocab-size 400", "02_data.py",
+                   "04_train.py " + TINY["04_train.py"], "06_finetune.py " + TINY["06_finetune.py"]):
+        subprocess.run([sys.executable, *shlex.split(source)], cwd=tmp_path, check=True)
+    ran = 0
+    for words, line in commands():
+        if not re.match(r"0\d_", words[0]) or "torchrun" in line or "gpt2 --out" in line or any(mark in line for mark in NOT_RUN):
+            continue
+        if "(GPU)" in README[README.find(line):][:len(line) + 12] or "--init" in words or "--tokenizer" in words:
+            continue
+        extra = [] if "--resume" in words or "--help" in words else shlex.split(TINY.get(words[0], ""))
+        done = subprocess.run([sys.executable, *words, *extra], cwd=tmp_path, input="", capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, (line, done.stderr[-1500:])
+        ran += 1
+    assert ran > 10
