@@ -91,15 +91,13 @@ def parse_flags(config_class, about, argv=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
-def run(main, config_class, about):
-    """Run a script: flags in, `main(config)`, errors out as one line with status 1."""
+def run(script, config_class, about):
+    """Run a chapter: flags in, `script(config)`, errors out as one line with status 1."""
     try:
-        main(parse_flags(config_class, about))
+        script(parse_flags(config_class, about))
         sys.stdout.flush()
-    except CourseError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (CourseError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {error}" if isinstance(error, CourseError) else 130)
     except BrokenPipeError:                                    # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -334,7 +332,8 @@ class Tokenizer:
         end = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
         write_json(Path(folder) / "tokenizer.json", self.data)
         write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end})
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "bos_token": end, "eos_token": end, "pad_token": end})
 
     @classmethod
     def load(cls, path):
@@ -389,7 +388,7 @@ def main(config):
     print("first merges:  ", *(f"{(a + b).decode(errors='replace')!r}" for a, b in tokenizer.merges[:12]))
     print("longest tokens:", *(repr(t.decode(errors="replace")) for t in sorted(tokenizer.tokens, key=len)[:-7:-1]), sep="\n    ")
     ids = tokenizer.encode(text := "".join(islice(texts(), 10))[:1_000_000])
-    print(f"a sample, token by token:\n{show_tokens([tokenizer.decode([i]) for i in ids[200:280]])}")
+    print(f"a sample, token by token:\n{show_tokens([tokenizer.decode([i]) for i in ids[:80]])}")
     print(f"{len(text.encode()) / max(1, len(ids)):.2f} bytes per token on text it has learnt from")
     tokenizer.save(f"{config.out}/tokenizer")
     write_json(f"{config.out}/tokenizer/source.json", {"source": config.source, "fingerprint": tokenizer.fingerprint()})

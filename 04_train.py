@@ -99,8 +99,8 @@ def choose_machine(config):
         raise CourseError(f"--precision {precision}: choose fp32, bf16 or, on a CUDA GPU, fp16; this is {device}")
     compiles = config.compile if config.compile is not None else device.type != "mps"
     if rank == 0:
-        print(f"device {device} ({'by the flag' if config.device else 'the fastest there is'}), precision {precision} (this "
-              f"hardware is best at {best}), compile {compiles} ({'by the flag' if config.compile is not None else 'pays off'})")
+        print(f"device {device} ({'as asked' if config.device else 'the fastest there is'}), precision {precision} ("
+              f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'it pays'})")
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Machine(device, precision, compiles, rank, world)
@@ -170,8 +170,7 @@ def sample(model, ids, count, seed=0):
 def draw_curves(logs, path):
     """Draw log.csv files {name: file} against the tokens read: values pale, their running mean strong."""
     figure, colors = Figure(figsize=(12, 6), layout="constrained"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-    columns = "loss", "val_loss", "val_bits_per_byte", "grad_norm", "lr_share", "tokens_per_second"
-    for place, column in enumerate(columns, 1):
+    for place, column in enumerate("loss val_loss val_bits_per_byte grad_norm lr_share tokens_per_second".split(), 1):
         axis = figure.add_subplot(2, 3, place, title=column.replace("_", " "), xlabel="tokens read")
         for color, (name, file) in zip(colors * len(logs), logs.items()):
             if not file.exists():
@@ -181,7 +180,8 @@ def draw_curves(logs, path):
             window = 1 + len(values) // 50
             mean = np.convolve(values, np.full(window, 1 / window), "valid") if len(values) else values
             axis.plot(tokens, values, color=color, alpha=0.3, linewidth=0.8)
-            axis.plot(tokens[window - 1:], mean, color=color, label=name, marker="." if window == 1 else None)
+            middle = tokens[window // 2:][:len(mean)]
+            axis.plot(middle, mean, color=color, label=name, marker="." if window == 1 else None)
     figure.axes[0].legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

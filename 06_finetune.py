@@ -10,7 +10,6 @@ the loss, and the mark that ends them, so that the model also learns when to sto
 The conversations are made from Python's own library, so that a program can check each answer.
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
-        python 06_finetune.py --show-mask                  one example, the learnt tokens marked
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers (or dolly, alpaca)
         python 06_finetune.py --lora-rank 8                trains thin adapters instead of all weights
 Gives:  the share of instructions obeyed before and after; out/chat/ for chapter 5, transformers and vLLM.
@@ -30,6 +29,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -300,8 +300,8 @@ def show_results(results, tasks, path):
     """Print {evaluation: (counts, answers)} as three answers and a table of shares, and draw it to `path`."""
     for number, (_, _, turns) in enumerate(tasks[:3]):
         print(f"\n> {turns[0]['content']}\nbefore: {results['before'][1][number][:150]!r}\nafter:\n{results['after'][1][number]}")
-    import_module("matplotlib").use("Agg")
-    figure, axis = import_module("matplotlib.pyplot").subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.add_subplot(xlabel="instructions obeyed (%)")
     print(f"\n{'':32}{'tasks':>7}{'ends':>8}{'parses':>8}{'obeys':>8}{'copied':>8}")
     for number, (name, (counts, _)) in enumerate(results.items()):
         for kind, count in counts.items():
@@ -309,7 +309,6 @@ def show_results(results, tasks, path):
             shares = "".join(f"{count[what] / max(1, count[all_of]):8.1%}" for what, all_of in of.items())
             print(f"{f'{name}, {kind}':32}{count['tasks']:7}{shares}")
             axis.barh(f"{name}, {kind}", 100 * count["obeys"] / count["tasks"], color=("#999999", "#0072b2", "#56b4e9", "#e69f00")[number])
-    axis.set(xlabel="instructions obeyed (%)")
     with chapter1.replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
@@ -325,9 +324,8 @@ def with_chat_tokens(model, tokenizer):
     added = [{"id": tokenizer.vocab_size + i, "content": text, **flags, "special": True} for i, text in enumerate(missing)]
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": tokenizer.data["added_tokens"] + added})
     grown = chapter3.GPT(replace(model.config, vocab_size=max(tokenizer.vocab_size, model.config.vocab_size)))
-    old = model.state_dict()
-    for name, tensor in grown.state_dict().items():            # these share their memory with the model
-        tensor[:len(old[name])] = old[name]
+    for name, tensor in model.state_dict().items():            # a state_dict shares its memory with the model
+        grown.state_dict()[name][:len(tensor)] = tensor
     return grown.to(model.embed_tokens.weight.device), tokenizer
 
 
@@ -347,9 +345,9 @@ def read_examples(config, functions, tokenizer, T):
         return fitting[len(fitting) // 20 + 1:], fitting[:len(fitting) // 20 + 1]
     held_out = [turns for kind, _, turns in make_tasks(functions["val"], 0, 0, rename=True) if kind != "purpose"]
     for _, answer in held_out:                                 # a body may be anything; its first line is asked for,
-        answer["content"] = answer["content"].split("\n")[0]   # but not that the answer ends there
+        answer["content"] = answer["content"].split("\n")[0]   # but not how the answer goes on after it
     encoded = [chapter5.encode_chat(tokenizer, turns) for turns in held_out]
-    return fitting, [(ids, [*learnt[:-2], False, False]) for ids, learnt in encoded if len(ids) <= T + 1]
+    return fitting, [(ids, learnt[:-3] + [False] * 3) for ids, learnt in encoded if len(ids) <= T + 1]
 
 
 def judge_rows(model, machine, rows, bytes_of):
@@ -378,8 +376,8 @@ def main(config):
     usual = chapter5.Config(temperature=chapter5.CHAT_TEMPERATURE, max_tokens=120)
     lengths = {i: len(token) for token, i in tokenizer.tokens.items()}
     bytes_of = torch.tensor([lengths.get(i, 0) for i in range(model.config.vocab_size)])
-    text, _ = chapter2.open_tokens(out / "data", "val")        # chapter 4's held-out text
-    remembers = partial(chapter4.evaluate, machine=machine, tokens=text, bytes_of=bytes_of, limit=65536)
+    remembers = partial(chapter4.evaluate, machine=machine, tokens=chapter2.open_tokens(out / "data", "val")[0],
+                        bytes_of=bytes_of, limit=65536)
     results, bits = {"before": count(model, tasks=tasks, settings=usual)}, remembers(model)[1]
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
