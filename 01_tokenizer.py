@@ -93,6 +93,7 @@ def parse_flags(config_class, about, argv=None):
 
 def run(script, config_class, about):
     """Run a chapter: flags in, `script(config)`, errors out as one line with status 1."""
+    sys.stdout.reconfigure(errors="replace")                   # a letter the terminal lacks is no error
     try:
         script(parse_flags(config_class, about))
         sys.stdout.flush()
@@ -111,13 +112,13 @@ def read_file(path):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
             if ".jsonl" in path.suffixes:                      # JSON may hold half a character: it becomes "?"
-                yield from (json.loads(line)["text"].encode(errors="replace").decode() for line in lines)
+                yield from (json.loads(row)["text"].encode(errors="replace").decode() for row in lines if row.strip())
             for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
                 while not is_end and (text := "".join(islice(part, 10_000))):       # bounds the memory
                     yield text
     except UnicodeDecodeError:
         yield None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:                                 # whatever a damaged file brings about
         raise CourseError(f'{path} is no text, or no JSON lines with a "text": {error!r}') from None
 
 
@@ -202,15 +203,14 @@ def learn_merges(chunks, how_many):
         size[new] = size[a] + size[b]
         for i in places.pop((a, b)):
             j, end = i + size[a], i + size[new]
-            if row[i] != a or row[j] != b:                     # in "aaa", the merge of the first two
-                continue
-            row[j - 1] = row[j] = GAP
-            row[i] = row[end - 1] = new
-            before, after = row[i - 1], row[end]
-            for old, fresh, place in (((before, a), (before, new), i - size[before]), ((b, after), (new, after), i)):
-                changes[old] -= times[i]
-                changes[fresh] += times[i]
-                places[fresh].append(place)
+            if row[i] == a and row[j] == b:                    # not so in "aaa" after the merge of the first two
+                row[j - 1] = row[j] = GAP
+                row[i] = row[end - 1] = new
+                before, after = row[i - 1], row[end]
+                for old, fresh, at in (((before, a), (before, new), i - size[before]), ((b, after), (new, after), i)):
+                    changes[old] -= times[i]
+                    changes[fresh] += times[i]
+                    places[fresh].append(at)
     return merges
 
 
@@ -305,13 +305,14 @@ class Tokenizer:
         """Return the ids of a text, or of any bytes. Only with allow_special is "<|endoftext|>" one id."""
         text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text.encode(
             "utf-16", "surrogatepass").decode("utf-16", "replace")              # half a UTF-16 pair becomes U+FFFD
-        ids, known = [], self._known
+        self._known = known = {} if len(self._known) >= 500_000 else self._known     # so the memory is bounded
+        ids = []
         for i, part in enumerate(self._special.split(text) if allow_special else [text]):
             chunks = [unicodedata.normalize("NFC", part) if self.nfc else part]
             for cut in self._cuts:
                 chunks = chain.from_iterable(map(cut.findall, chunks))
             for chunk in chunks if i % 2 == 0 else ():
-                if chunk not in known or len(known) > 500_000:                  # so the memory is bounded
+                if chunk not in known:
                     known[chunk] = self._encode_chunk(chunk.encode("utf-8", "surrogateescape"))
                 ids += known[chunk]
             ids += [self.special_tokens[part]] if i % 2 else []

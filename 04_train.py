@@ -41,7 +41,6 @@ RECIPES = {  # how each preset of chapter 3 is trained, unless a flag says other
 
 @dataclass
 class TrainingConfig:
-    """Settings of a training run; chapter 6 has the same with other defaults."""
     steps: int | None = None  # updates of the weights; the learning rate reaches zero at the last
     batch_tokens: int | None = None  # tokens that one step learns from; more is smoother and slower
     micro_batch: int | None = None  # rows at once in memory; lower it when memory runs out, the step stays the same
@@ -296,8 +295,9 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             if chief and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
                 take_stock(path, run, parts, judge, keep)
             elif chief and (sys.stdout.isatty() or step == first or (step + 1) % 100 == 0):
-                print(f"step {step + 1:,}/{config.steps:,}: loss {loss:.3f}, gradient {norm:.2f}, {seconds:.2f} s, "
-                      f"{tokens / seconds:,.0f} tokens/s", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
+                when = f"{seconds:.1f} s" if step == first else f"{(config.steps - step) * seconds / 60:.0f} min left"
+                print(f"step {step + 1:,}/{config.steps:,}: loss {loss:.3f}, gradient {norm:.2f}, {tokens / seconds:,.0f}"
+                      f" tokens/s, {when}", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
             if reasons.any():
                 break
         if chief and run["step"] < config.steps:

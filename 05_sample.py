@@ -34,7 +34,7 @@ CourseError, CHAT_START, CHAT_END = chapter1.CourseError, chapter1.CHAT_START, c
 #   V        vocabulary; logits (V,) are the scores of all tokens, before softmax
 #   stream   one text being written; each has its own random generator
 #   turn     one message of a chat: {"role": "user", "assistant" or "system", "content": text}
-CHAT_TEMPERATURE = 0.3  # an instruction leaves less to chance than a text that could go on anyhow
+CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
@@ -45,7 +45,7 @@ class Config:
     prompt: str = "def"  # text to go on from; do not end it with a space: most tokens begin with theirs
     prompt_file: str = ""  # read the prompt from this file
     max_tokens: int = 200  # tokens to write at most
-    temperature: float | None = None  # below 1 sharper, above flatter, 0 the likeliest (default: 0.8, chat 0.3)
+    temperature: float | None = None  # below 1 sharper, above flatter, 0 the likeliest (default: 0.8, chat 0.2)
     top_k: int = 0  # draw among the k likeliest only (0: all)
     top_p: float = 1.0  # draw among the likeliest that together have this probability
     stop: list[str] = field(default_factory=list)  # stop before any of these texts

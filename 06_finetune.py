@@ -20,7 +20,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,12 +61,12 @@ PHRASINGS = {  # kind: (phrasings that are trained on, phrasings kept for the te
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, ours or any that chapter 3 opens (default: out/base)
-    steps: int = 1100  # updates of the weights
+    steps: int = 1200  # updates of the weights
     batch_tokens: int = 2048  # tokens of a step, padding included
     micro_batch: int = 8  # rows at once in memory
     lr: float = 3e-3  # AdamW's learning rate: lower than in chapter 4, as there is less to change
     matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 550  # steps between evaluations (each also saves)
+    eval_every: int = 300  # steps between evaluations (each also saves)
     conversations: str = ""  # JSON lines of your own, or dolly or alpaca (default: made from Python's library)
     lora_rank: int = 0  # train adapters of this rank instead of all weights; more can change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
@@ -233,6 +232,7 @@ def pack(examples, T, filler, seed):
 def packed_batches(examples, R, T, filler, seed):
     """Return batch(step) -> ids, targets, documents, each (R, T): as in chapter 2, a pure function of the step."""
     rows = []                                                  # grows by an epoch at a time, each in an order of its own
+
     def batch(step):
         while len(rows) < (step + 1) * R:
             rows.extend(pack(examples, T, filler, f"{seed} {len(rows)}"))
@@ -241,10 +241,9 @@ def packed_batches(examples, R, T, filler, seed):
 
 
 def show_mask(tokenizer, ids, learnt):
-    """Print a conversation token by token; what is learnt is coloured, or in brackets without colours."""
-    pieces = [tokenizer.decode([i]) for i in ids]
-    print(chapter1.show_tokens(pieces, [28 if is_learnt else 236 for is_learnt in learnt]) if sys.stdout.isatty()
-          else "".join(f"[{piece}]" if is_learnt else piece for piece, is_learnt in zip(pieces, learnt)))
+    """Print a conversation token by token; what is learnt is in brackets, and coloured on a terminal."""
+    pieces = [f"[{tokenizer.decode([i])}]" if is_learnt else tokenizer.decode([i]) for i, is_learnt in zip(ids, learnt)]
+    print(chapter1.show_tokens(pieces, [28 if is_learnt else 236 for is_learnt in learnt]))
     print(f"{sum(learnt)} of {len(ids)} tokens are learnt")
 
 
@@ -374,10 +373,10 @@ def main(config):
     tasks, new_tasks = (held_out_tasks(functions, config.tasks, phrasing) for phrasing in (0, 1))
     count = partial(count_obeyed, tokenizer=tokenizer, ends=ends, known={function.source for function in functions["train"]})
     usual = chapter5.Config(temperature=chapter5.CHAT_TEMPERATURE, max_tokens=120)
-    lengths = {i: len(token) for token, i in tokenizer.tokens.items()}
-    bytes_of = torch.tensor([lengths.get(i, 0) for i in range(model.config.vocab_size)])
-    remembers = partial(chapter4.evaluate, machine=machine, tokens=chapter2.open_tokens(out / "data", "val")[0],
-                        bytes_of=bytes_of, limit=65536)
+    bytes_of = torch.zeros(model.config.vocab_size)
+    bytes_of[list(tokenizer.tokens.values())] = torch.tensor([float(len(token)) for token in tokenizer.tokens])
+    text, _ = chapter2.open_tokens(out / "data", "val")        # chapter 4's held-out text
+    remembers = partial(chapter4.evaluate, machine=machine, tokens=text, bytes_of=bytes_of, limit=65536)
     results, bits = {"before": count(model, tasks=tasks, settings=usual)}, remembers(model)[1]
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # adapters are too thin for Muon

@@ -2,6 +2,7 @@
 import doctest
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -115,6 +116,12 @@ def test_ten_thousand_texts_and_byte_strings_come_back(tokenizer):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         data = chooser.randbytes(chooser.randint(0, 12))
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+
+
+def test_the_memory_of_chunks_is_bounded(tokenizer):
+    expected = tokenizer.encode(TEXT)
+    tokenizer._known.update((str(number), []) for number in range(-600_000, 0))
+    assert tokenizer.encode(TEXT) == expected and len(tokenizer._known) < 100
 
 
 def test_text_and_its_bytes_have_equal_ids(tokenizer):
@@ -268,7 +275,7 @@ def test_files_folders_globs_and_gzip(tmp_path):
     (tmp_path / "a.md").write_text("first", encoding="utf-8")
     (tmp_path / "skip.bin").write_bytes(b"no")
     with gzip.open(tmp_path / "c.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write('{"text": "three"}\n{"text": "four"}\n')
+        file.write('{"text": "three"}\n\n{"text": "four"}\n')                    # an empty line is no document
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
     expected = ["first", "one\r\n", "two", "three", "four", None]
     assert list(chapter1.read_source([str(tmp_path)])) == expected
@@ -278,6 +285,15 @@ def test_files_folders_globs_and_gzip(tmp_path):
     (tmp_path / "e.jsonl").write_text('{"no": 1}', encoding="utf-8")
     with pytest.raises(CourseError, match="e.jsonl"):
         list(chapter1.read_source([str(tmp_path / "e.jsonl")]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_gzip_file_is_one_clear_error(tmp_path, damage):
+    packed = bytearray(gzip.compress(random.Random(0).randbytes(5000).hex().encode()))
+    packed = packed[:-20] if damage == "cut" else packed[:60] + b"\xff" * 140 + packed[200:]
+    (tmp_path / "f.txt.gz").write_bytes(packed)
+    with pytest.raises(CourseError, match="f.txt.gz"):
+        list(chapter1.read_source([str(tmp_path / "f.txt.gz")]))
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_tests():
@@ -311,6 +327,17 @@ def test_the_script_reports_the_vocabulary_it_got_and_shows_no_colour_in_a_pipe(
     assert done.returncode == 0, done.stderr
     got = Tokenizer.load(tmp_path / "out" / "tokenizer").vocab_size
     assert f"{got:,} tokens learnt of 500" in done.stdout and "\x1b" not in done.stdout and "|" in done.stdout
+
+
+def test_a_terminal_that_lacks_letters_and_a_reader_that_leaves_are_no_errors(tmp_path):
+    (tmp_path / "one.txt").write_text("é漢 é漢 é漢", encoding="utf-8")
+    words = [sys.executable, str(ROOT / "01_tokenizer.py"), "--source", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"),
+             "--workers", "1"]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr and b"?" in done.stdout
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as gone:
+        gone.stdout.close()
+        assert gone.wait() == 0 and not gone.stderr.read()
 
 
 @pytest.mark.parametrize("flags, status, words", [

@@ -370,7 +370,7 @@ def test_chat_drops_the_oldest_turns_and_keeps_the_system(monkeypatch, tokenizer
     assert "no longer fit" in capsys.readouterr().out
     for n, (text, limit, _) in enumerate(script.asked):
         size = len(tokenizer.encode(text, allow_special=True))
-        assert "Be kind." in text and f"question {n}" in text and size + limit <= 300
+        assert "Be kind." in text and f"question {n}" in text and size + limit <= 300 and limit == 40
         roles = [part.split("\n")[0] for part in text.split("<|im_start|>")[1:]]
         assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
     assert "question 0" not in script.asked[-1][0] and "question 7" in script.asked[-1][0]

@@ -134,19 +134,22 @@ def test_split_and_phrasings_are_held_out():
     tasks = chapter6.held_out_tasks(functions, 100, 0)
     assert len(tasks) == 100 and all((f.name, f.parameters) not in known for _, f, _ in tasks)
     assert {kind for kind, _, _ in tasks} == {"write", "parameters", "purpose"}
-    new = {instruction for _, _, instruction in chapter6.held_out_tasks(functions, 100, 1)}
-    trained = {turns[0]["content"] for turns in chapter6.library_conversations(functions["train"], 1, copies=1)}
+    new = {turns[0]["content"] for _, _, turns in chapter6.held_out_tasks(functions, 100, 1)}
+    trained = {turns[0]["content"] for _, _, turns in chapter6.make_tasks(functions["train"], 0, 1)}
     assert not new & trained
     assert all(text.startswith(("I need a function", "Could you implement", "Give me", "What are the parameters", "Describe this"))
                for text in new)
+    assert not any(text.startswith(("I need a function", "Could you implement", "Give me")) for text in trained)
 
 
-def test_conversations_name_the_function_as_the_answer_spells_it():
-    functions = chapter6.functions_in(MODULE) * 1
-    for turns in chapter6.library_conversations(functions, 0, copies=1):
-        assert [turn["role"] for turn in turns] == ["user", "assistant"]
-        if turns[1]["content"].startswith("def "):
-            assert turns[1]["content"].splitlines()[0][4:-1] in turns[0]["content"]
+def test_every_answer_obeys_its_own_instruction():
+    functions = chapter6.functions_in(MODULE)
+    for seed in range(30):
+        for kind, made, turns in chapter6.make_tasks(functions, seed % 2, seed, rename=seed > 9):
+            assert [turn["role"] for turn in turns] == ["user", "assistant"]
+            assert chapter6.judge_answer(kind, made, turns[1]["content"])[1]
+            if kind == "write":
+                assert turns[1]["content"].splitlines()[0][4:-1] in turns[0]["content"]
 
 
 # ---- Loss mask and packing
