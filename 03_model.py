@@ -10,12 +10,12 @@ lets it think about what it has gathered. Both only add to a running sum, so tha
     GPT-2 (2019)  LayerNorm  learned places  GELU    biases                                       |
     today         RMSNorm    RoPE            SwiGLU  QK-norm, grouped heads         logits (B, T, V)
 
-Run:    python 03_model.py    prints the parts and what they cost, draws out/rope.png
+Run:    python 03_model.py    prints the parts, what they cost and the first loss, draws out/rope.png
 Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Shazeer 2020 (SwiGLU), Ainslie 2023 (heads)
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -27,8 +27,7 @@ from torch import nn
 chapter1 = import_module("01_tokenizer")
 CourseError, replacing = chapter1.CourseError, chapter1.replacing
 
-# Legend: B sequences side by side, T positions that ask, S positions that are looked at: the T, and
-# before them those in a cache. C, D, F, H, K and V are in GPTConfig.
+# Legend: B sequences, T positions that ask, S positions looked at (with those in a cache); C, D, F, H, K, V: GPTConfig
 
 
 @dataclass
@@ -161,7 +160,6 @@ class RMSNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Project x to queries, keys and values, let the heads attend, project back."""
-
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
@@ -187,7 +185,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Up, bend, down. SwiGLU has a third matrix, the gate, which decides how much of each number gets through."""
-
     def __init__(self, config):
         super().__init__()
         self.up_proj = nn.Linear(config.width, config.hidden, bias=config.bias)
@@ -202,7 +199,6 @@ class MLP(nn.Module):
 
 class GPT(nn.Module):
     """The whole model: model(ids) gives logits (B, T, V). Its `save` and `load` stand below."""
-
     def __init__(self, config):
         super().__init__()
         C, eps, self.config = config.width, config.norm_eps, config
@@ -326,9 +322,7 @@ def save(model, folder):
 
 def load(folder):
     """Open a folder of the GPT-2, Llama or Qwen3 family. Raises CourseError naming all that does not fit."""
-    # 1. The config. Older files have rope_theta at the top.
-    folder = Path(folder)
-    data = chapter1.read_json(folder / "config.json", "04_train.py")
+    folder, data = Path(folder), chapter1.read_json(Path(folder) / "config.json", "04_train.py")        # 1. The config
     try:
         rope = data.get("rope_parameters") or {}
         data = {name: value for name, value in {**data, **rope}.items() if value is not None}
@@ -373,7 +367,7 @@ class Config:
 
 
 def main(config):
-    """Show a model's parts and what they cost, and how RoPE turns distance into phase."""
+    """Show a model's parts and cost, its first loss, that it does not look ahead, and how RoPE turns distance into phase."""
     if config.preset not in PRESETS:
         raise CourseError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}")
     shape = GPTConfig(**PRESETS[config.preset])
@@ -385,14 +379,20 @@ def main(config):
     multiplied = shape.vocab_size * shape.width + sum(part.numel() for name, part in parts.items() if "proj" in name)
     flops = 6 * (multiplied + shape.layers * shape.heads * shape.head_width * shape.context)
     print(f"{sum(part.numel() for part in parts.values()):,} parameters, {flops / 1e6:,.1f} MFLOP to train on a token")
+    model, ids = GPT(replace(shape, layers=2, dropout=0.0)), torch.randint(shape.vocab_size, (8, 128))       # (B, T)
+    with torch.no_grad():                                      # the same first half, another second half
+        logits, other = model(ids), model(torch.cat((ids[:, :64], ids.flip(0)[:, 64:]), dim=1))    # (B, T, V) each
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    print(f"first loss {loss:.2f}; a guess among {shape.vocab_size:,} tokens costs {math.log(shape.vocab_size):.2f}")
+    changed = [(part - before).abs().max().item() for part, before in zip(other.split(64, 1), logits.split(64, 1))]
+    print(f"with another second half, logits change by {changed[0]:.0e} in the first half, {changed[1]:.0e} in the second")
     cosines = rope_angles(shape, torch.arange(shape.context))[0][:, :shape.head_width // 2]      # (T, D / 2)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axis = figure.add_subplot(xlabel="distance", ylabel="cosine", title="RoPE: each pair turns at its own speed")
+    axis = Figure(figsize=(9, 3.5), layout="constrained").add_subplot(
+        xlabel="distance", ylabel="cosine", title="RoPE: each pair turns at its own speed; black: their mean")
     axis.plot(cosines[:, ::max(1, shape.head_width // 8)], linewidth=1)
-    axis.plot(cosines.mean(dim=1), "k", label="the mean of all pairs: a query times an equal key")
-    axis.legend()
+    axis.plot(cosines.mean(dim=1), "k")
     with replacing(Path(config.out) / "rope.png") as temporary:
-        figure.savefig(temporary, dpi=120)
+        axis.figure.savefig(temporary, dpi=120)
     print(f"drew {Path(config.out) / 'rope.png'}; next: python 04_train.py")
 
 

@@ -88,8 +88,7 @@ def choose_machine(config):
         device = torch.zeros(1, device=config.device or found).device
     except (RuntimeError, AssertionError) as error:
         raise CourseError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()   # bool() is False
-    best = "bf16" if fast else "fp32"
+    best = "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -296,8 +295,8 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
                 take_stock(path, run, parts, judge, keep)
             elif chief and (sys.stdout.isatty() or step == first or (step + 1) % 100 == 0):
                 when = f"{seconds:.1f} s" if step == first else f"{(config.steps - step) * seconds / 60:.0f} min left"
-                print(f"step {step + 1:,}/{config.steps:,}: loss {loss:.3f}, gradient {norm:.2f}, {tokens / seconds:,.0f}"
-                      f" tokens/s, {when}", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
+                print(f"step {step + 1}/{config.steps}: loss {loss:.3f}, gradient {norm:.2f}, {tokens / seconds:,.0f} "
+                      f"tokens/s, {when}", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
             if reasons.any():
                 break
         if chief and run["step"] < config.steps:
@@ -350,7 +349,8 @@ def start_model(config, vocab_size, saved_shape):
     if config.init and given:
         raise CourseError(f"--{min(given)} belongs to the model of --init: leave it out")
     shape = {**chapter3.PRESETS[config.preset], "vocab_size": -(-vocab_size // 64) * 64, **given, **saved_shape}
-    model = GPT.load(config.init) if config.init and not saved_shape else GPT(chapter3.GPTConfig(**shape))
+    shape = chapter3.GPTConfig(**{**shape, "attention": config.attention})                   # checks them, too
+    model = GPT.load(config.init) if config.init and not saved_shape else GPT(shape)
     model.config.attention = config.attention
     return model
 

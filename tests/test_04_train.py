@@ -646,7 +646,8 @@ def test_too_little_held_out_text_fails_before_training(main, monkeypatch):
 @pytest.mark.parametrize("flags, word", [(("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"),
                                          (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"),
                                          (("--device", "nonsense"), "--device nonsense"), (("--resume",), "resume.pt"),
-                                         (("--init", "nowhere"), "nowhere"), (("--compare", "nowhere"), "log.csv does not exist")])
+                                         (("--init", "nowhere"), "nowhere"),
+                                         (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv does not exist")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, word):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     with pytest.raises(CourseError, match=word) as error:

@@ -101,6 +101,10 @@ def add(a: int, *rest, b=1, **options):
 '''
 
 
+MORE = [chapter6.Function(name, (name + "_value",), f"def {name}({name}_value):\n    return {name}_value", "Return it.")
+        for name in ("one", "two", "three", "four", "five", "six")]
+
+
 def test_functions_in_takes_real_functions_without_docstrings_and_annotations():
     found = {f.name: f for f in chapter6.functions_in(MODULE)}
     assert set(found) == {"size", "add"}
@@ -145,7 +149,7 @@ def test_split_and_phrasings_are_held_out():
 def test_every_answer_obeys_its_own_instruction():
     functions = chapter6.functions_in(MODULE)
     for seed in range(30):
-        for kind, made, turns in chapter6.make_tasks(functions, seed % 2, seed, rename=seed > 9):
+        for kind, made, turns in chapter6.make_tasks(functions * 3 + MORE, seed % 2, seed, rename=seed > 9):
             assert [turn["role"] for turn in turns] == ["user", "assistant"]
             assert chapter6.judge_answer(kind, made, turns[1]["content"])[1]
             if kind == "write":

@@ -26,7 +26,7 @@ def course(tmp_path_factory):
     root = tmp_path_factory.mktemp("course")
     corpus = root / "corpus"
     corpus.mkdir()
-    for number in range(60):                                   # 60 small modules that differ
+    for number in range(150):                                  # 150 small modules that differ
         (corpus / f"module_{number}.py").write_text(
             f"import os\n\n\ndef double_{number}(value):\n    return value * {number}\n\n\n"
             f"class Box{number}:\n    def open(self, key={number}):\n        return self.{'abc'[number % 3]} + key\n" * 3,

@@ -1,0 +1,229 @@
+"""How fast does chapter 4 learn? Our default beside nanoGPT's settings, for the same seconds on the same data.
+
+Run:    python tests/benchmarks/bench_training.py                     both for 180 s on out/data (CPU)
+        python tests/benchmarks/bench_training.py --speeds --memory   also tokens/s, and memory at steps 10 and 500
+        python tests/benchmarks/bench_training.py --seconds 10 --only speeds
+On CUDA it measures models of 124 million parameters instead: tokens/s and MFU of attention by hand, of the
+fused kernel, and of the GPT-2 baseline.
+Prints: bits per byte of both on the whole validation split, their ratio, tokens/s, and when ours passed the
+        baseline's last loss. Seconds are those of training steps, compiling included, evaluations left out.
+
+The baseline is nanoGPT as its train.py and its README's CPU command set it, written with the parts of chapter 3:
+LayerNorm without bias, learned positions, GELU, tied embeddings, fused attention, 12 rows a step, AdamW at 1e-3 with
+betas 0.9 and 0.99 and decay 0.1 on matrices, warm-up over 100 steps, then a cosine to 1e-4, clipped at 1.0, float32,
+not compiled. Its layers, heads, width and context are ours. The cosine ends with the seconds.
+"""
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+chapter1, chapter2, chapter3, chapter4 = map(import_module, ("01_tokenizer", "02_data", "03_model", "04_train"))
+GPT, GPTConfig = chapter3.GPT, chapter3.GPTConfig
+NANOGPT = dict(layernorm=True, learned_places=True, gelu=True, bias=False, qk_norm=False, tied=True, norm_eps=1e-5,
+               attention="fused")
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "V100": 125,
+         "T4": 65}  # 10^12 operations a second at 16 bits, without sparsity, as their makers state
+
+
+class Data:
+    """The encoded text of a course folder, its tokens' bytes, and the vocabulary of a model of it."""
+
+    def __init__(self, out):
+        tokenizer = chapter1.Tokenizer.load(out / "tokenizer")
+        self.train, _ = chapter2.open_tokens(out / "data", "train")
+        self.val, _ = chapter2.open_tokens(out / "data", "val")
+        self.vocab_size = -(-tokenizer.vocab_size // 64) * 64
+        special = set(tokenizer.special_tokens.values())
+        self.bytes_of = torch.tensor([0 if i in special else len(tokenizer.bytes_of.get(i, b""))
+                                      for i in range(self.vocab_size)])
+
+    def batch(self, step, rows, context):
+        """Return x and y, each (rows, context)."""
+        return tuple(map(torch.from_numpy, chapter2.get_batch(self.train, step, rows, context, 1)))
+
+
+def train_baseline(data, shape, rows, seconds):
+    """Train nanoGPT's model with its settings. Returns (model, steps, seconds used)."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**shape, **NANOGPT}))
+    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix}
+              for matrix in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    start, step = time.time(), 0
+    while (done := (time.time() - start) / seconds) < 1:
+        rate = min((step + 1) / 100, 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done)))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * rate
+        x, y = data.batch(step, rows, shape["context"])
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+    return model, step, time.time() - start
+
+
+def train_ours(data, shape, machine, steps, evaluations=0, on_batch=lambda step: None, **changes):
+    """Train by chapter 4's loop with the settings of its default preset. Returns (model, log)."""
+    recipe = {**chapter4.RECIPES["small"], "eval_every": max(1, steps // evaluations) if evaluations else steps}
+    config = chapter4.TrainingConfig(**{**recipe, "steps": steps, **changes})
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(**shape))
+    rows = max(1, config.batch_tokens // shape["context"])
+
+    def batch(step):
+        on_batch(step)
+        return *data.batch(step, rows, shape["context"]), None
+
+    def judge(model):
+        loss, bits = chapter4.evaluate(model, machine, data.val, data.bytes_of, 65536 if evaluations else 1)
+        return loss, bits, ""
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
+        log = chapter4.train(model, batch, config, machine, folder, judge, lambda model: None)
+    print("".join(line + "\n" for line in printed.getvalue().splitlines() if line.startswith("not compiled")), end="")
+    return model, log
+
+
+def pace(log):
+    """Return (seconds of the first step, with compiling; seconds of a usual one)."""
+    return log[0]["seconds"], statistics.median(row["seconds"] for row in log[len(log) // 3:])
+
+
+def compare(data, shape, machine, seconds, rows):
+    """Train both for the same seconds and print what they reached."""
+    bits = lambda model, machine: chapter4.evaluate(model, machine, data.val, data.bytes_of, len(data.val))[1]
+    model, steps, used = train_baseline(data, shape, rows, seconds)
+    plain = replace(machine, precision="fp32", compile=False)
+    baseline, early = bits(model, plain), chapter4.evaluate(model, plain, data.val, data.bytes_of, 65536)[1]
+    print(f"nanoGPT's settings: {baseline:.3f} bits per byte after {used:.0f} s, {steps:,} steps, "
+          f"{steps * rows * shape['context'] / used:,.0f} tokens/s")
+    first, usual = pace(train_ours(data, shape, machine, 12)[1])                           # pays for compiling
+    steps = max(2, round((seconds - first) / usual))
+    model, log = train_ours(data, shape, machine, steps, evaluations=20)
+    clock, passed = first - log[0]["seconds"], None                                        # the trial's compiling counts
+    for row in log:
+        clock += row["seconds"]
+        if passed is None and row["val_bits_per_byte"] <= early:
+            passed = clock
+    ours = bits(model, machine)
+    print(f"ours:               {ours:.3f} bits per byte after {clock:.0f} s, {steps:,} steps, "
+          f"{log[-1]['tokens'] / clock:,.0f} tokens/s (compiling took {first - usual:.0f} s of them)")
+    print(f"ratio {ours / baseline:.3f} (goal: at most 0.67)")
+    print("ours did not reach the baseline's last loss" if passed is None else
+          f"ours passed the baseline's last loss after {passed:.0f} s, {passed / used:.3f} of its time (goal: at most 0.167)")
+
+
+def speeds(data, shape, machine, steps):
+    """Print tokens/s of our default, compiled and not, in both precisions."""
+    for precision in ("bf16", "fp32"):
+        for compiles in (True, False):
+            log = train_ours(data, shape, replace(machine, precision=precision, compile=compiles), steps)[1]
+            first, usual = pace(log)
+            print(f"{precision} {'compiled  ' if compiles else 'as it is  '} {log[0]['tokens'] / usual:10,.0f} tokens/s, "
+                  f"first step {first:5.1f} s")
+
+
+def resident():
+    """Return the resident memory of this process in MB. Linux tells."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / 1e6
+
+
+def memory(data, shape, machine, steps):
+    """Print resident memory early and late in a run."""
+    if not Path("/proc/self/statm").exists():
+        return print("resident memory: only Linux tells")
+    seen = {}
+    watch = lambda step: seen.update({step: resident()}) if step in (10, steps) else None
+    train_ours(data, shape, machine, steps + 1, on_batch=watch)
+    print(f"resident memory: {seen[10]:,.0f} MB at step 10, {seen[steps]:,.0f} MB at step {steps}, "
+          f"ratio {seen[steps] / seen[10]:.3f}")
+
+
+def gpu_speed(config, machine, rows, steps):
+    """Return (tokens/s, share of the GPU's peak or None) of training a model on random tokens."""
+    torch.manual_seed(1)
+    model = GPT(config).to(machine.device)
+    settings = chapter4.TrainingConfig(lr=1e-4, matrix_lr=1e-4, steps=steps)
+    optimizers = chapter4.make_optimizers(model, settings).values()
+    objective = torch.compile(chapter4.Objective(model), disable=not machine.compile)
+    ids = torch.randint(50257, (rows, config.context + 1), device=machine.device)
+    for step in range(-3, steps):
+        if step == 0:
+            torch.cuda.synchronize()
+            start = time.time()
+        with machine.autocast():
+            loss = objective(ids[:, :-1], ids[:, 1:])
+        (loss / ids[:, 1:].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    torch.cuda.synchronize()
+    speed = steps * rows * config.context / (time.time() - start)
+    peak = next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+    flops = chapter3.flops_per_token(config, sum(p.numel() for p in model.parameters()))
+    return speed, peak and flops * speed / peak
+
+
+def compare_on_gpu(machine, rows, steps):
+    """Print tokens/s and MFU at 124 million parameters, T = 1024."""
+    gpt2 = {**chapter3.PRESETS["gpt2"], "vocab_size": 50304}
+    runs = {"GPT-2 baseline: fused, vocabulary 50,304": {**gpt2, "attention": "fused"},
+            "gpt2, attention by hand": {**chapter3.PRESETS["gpt2"]}, "gpt2, attention fused": {**chapter3.PRESETS["gpt2"], "attention": "fused"},
+            "modern-124m, attention by hand": {**chapter3.PRESETS["modern-124m"]},
+            "modern-124m, attention fused": {**chapter3.PRESETS["modern-124m"], "attention": "fused"}}
+    first = None
+    for name, shape in runs.items():
+        speed, share = gpu_speed(GPTConfig(**shape), machine, rows, steps)
+        first = first or speed
+        print(f"{name:42} {speed:10,.0f} tokens/s  MFU {'not known' if share is None else f'{share:.1%}'}  "
+              f"{speed / first:.3f} of the baseline")
+        torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180, help="of training for each of the two")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="course folder with tokenizer and data")
+    parser.add_argument("--rows", type=int, default=12, help="rows a step of the baseline (GPU: rows at once, default 32)")
+    parser.add_argument("--speeds", action="store_true", help="also measure tokens/s, compiled and not, bf16 and fp32")
+    parser.add_argument("--memory", action="store_true", help="also measure resident memory, early and late")
+    parser.add_argument("--only", choices=("speeds", "memory"), help="measure nothing but this")
+    parser.add_argument("--steps", type=int, default=500, help="last step at which memory is measured")
+    parser.add_argument("--context", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--device", help="cpu or cuda (default: the fastest there is)")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile ours")
+    flags = parser.parse_args()
+    machine = chapter4.choose_machine(chapter4.TrainingConfig(device=flags.device, compile=False if flags.no_compile else None))
+    if machine.device.type == "cuda":
+        return compare_on_gpu(machine, 32 if flags.rows == 12 else flags.rows, steps=30)
+    data = Data(flags.out)
+    shape = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size, "context": flags.context}
+    shape = {**{name: getattr(GPTConfig(), name) for name in ("layers", "heads", "width")}, **shape}
+    print(f"{shape['layers']} layers of width {shape['width']}, context {shape['context']}, {torch.get_num_threads()} threads")
+    if flags.only is None:
+        compare(data, shape, machine, flags.seconds, flags.rows)
+    if flags.speeds or flags.only == "speeds":
+        speeds(data, shape, machine, 24)
+    if flags.memory or flags.only == "memory":
+        memory(data, shape, machine, flags.steps)
+
+
+if __name__ == "__main__":
+    main()
