@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 chapter1, chapter2, chapter3, chapter4 = map(import_module, ("01_tokenizer", "02_data", "03_model", "04_train"))
 CourseError, IGNORED, GPT = chapter1.CourseError, chapter4.IGNORED, chapter3.GPT
 CPU = chapter4.Machine(torch.device("cpu"), "fp32", False)
-SETTINGS = chapter4.TrainingConfig(steps=8, batch_tokens=64, micro_batch=4, lr=3e-3, matrix_lr=0.02, warmup=2, eval_every=4)
+SETTINGS = chapter4.TrainingConfig(steps=8, batch_tokens=64, micro_batch=4, lr=3e-3, matrix_lr=0.02, warmup=2,
+                                   eval_every=4)
 TINY = dict(vocab_size=320, context=16, layers=2, heads=2, width=32)
 
 
@@ -83,7 +84,8 @@ def course(tmp_path_factory):
     (root / "corpus").mkdir()
     for number in range(40):
         (root / "corpus" / f"{number}.py").write_text(
-            f"def scale_{number}(value):\n    return value * {number}\n\n\nclass Box{number}:\n    pass\n" * 3, encoding="utf-8")
+            f"def scale_{number}(value):\n    return value * {number}\n\n\nclass Box{number}:\n    pass\n" * 3,
+            encoding="utf-8")
     chapter1.main(chapter1.Config(source=[str(root / "corpus")], vocab_size=300, out=str(root / "out"), workers=1))
     chapter2.main(chapter2.Config(out=str(root / "out"), workers=1))
     return root / "out"
@@ -113,7 +115,8 @@ FLAGS = ("--steps", 8, "--batch-tokens", 64, "--micro-batch", 2, "--eval-every",
 # ---- Schedule and optimizers
 
 def test_the_learning_rate_at_its_corners():
-    share = lambda step, **more: chapter4.lr_share(step, chapter4.TrainingConfig(**{"steps": 100, "warmup": 10, **more}))
+    usual = dict(steps=100, warmup=10)
+    share = lambda step, **more: chapter4.lr_share(step, chapter4.TrainingConfig(**{**usual, **more}))
     assert share(0, steps=10**9) == pytest.approx(0.1)         # first step: 1 / warmup, not 0
     assert share(9, steps=10**9) == pytest.approx(1.0) and share(50) == pytest.approx(0.5)
     assert share(99) == pytest.approx(0.01) and share(100) == 0 == share(101)
@@ -124,7 +127,8 @@ def test_each_optimizer_gets_the_scheduled_rate(tmp_path, monkeypatch):
     seen, make = [], chapter4.make_optimizers
     def spying(model, config):
         made = make(model, config)
-        made["adamw"].register_step_pre_hook(lambda *_: seen.append([group["lr"] for o in made.values() for group in o.param_groups]))
+        groups = [group for optimizer in made.values() for group in optimizer.param_groups]
+        made["adamw"].register_step_pre_hook(lambda *_: seen.append([group["lr"] for group in groups]))
         return made
     monkeypatch.setattr(chapter4, "make_optimizers", spying)
     _, log = train(tmp_path)
@@ -144,7 +148,8 @@ def test_every_weight_has_one_optimizer(kind):
     decayed = {id(p) for _, group in groups for p in group["params"] if group["weight_decay"]}
     assert decayed == {id(p) for p in model.parameters() if p.ndim == 2}
     hidden = {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
-    assert {id(p) for name, group in groups if name == "muon" for p in group["params"]} == (hidden if kind == "muon" else set())
+    for_muon = {id(p) for name, group in groups if name == "muon" for p in group["params"]}
+    assert for_muon == (hidden if kind == "muon" else set())
 
 
 # ---- One step: gradients, precision, clipping
@@ -221,21 +226,22 @@ def test_weights_stay_float32_under_bf16(tmp_path):
 
 
 def test_a_seed_gives_the_same_losses(tmp_path):
-    losses = lambda seed: [row["loss"] for row in train(tmp_path, replace(SETTINGS, seed=seed), model_of(dropout=0.3))[1]]
+    run = lambda seed: train(tmp_path, replace(SETTINGS, seed=seed), model_of(dropout=0.3))
+    losses = lambda seed: [row["loss"] for row in run(seed)[1]]
     assert losses(1) == losses(1) != losses(2)                 # the weights are equal: this is dropout alone
 
 
 # ---- Resuming
 
-CASES = {"plain": {}, "dropout": dict(dropout=0.3), "accumulation": dict(micro_batch=1), "adamw": dict(optimizer="adamw"),
-         "bf16": dict(precision="bf16")}
+CASES = {"plain": {}, "dropout": dict(dropout=0.3), "accumulation": dict(micro_batch=1),
+         "adamw": dict(optimizer="adamw"), "bf16": dict(precision="bf16")}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("stop", [3, 4])                       # between evaluations, and at one
 def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, case, stop):
     changes = dict(CASES[case])
-    make = lambda: model_of(5, dropout=changes.get("dropout", 0.0))
+    make = lambda seed=5: model_of(seed, dropout=changes.get("dropout", 0.0))
     config = replace(SETTINGS, **{name: value for name, value in changes.items() if name != "dropout"})
     machine = replace(CPU, precision=config.precision or "fp32")
     whole, log = train(tmp_path / "whole", config, make(), machine)
@@ -245,7 +251,7 @@ def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, case, stop):
     saved, config = resumed(tmp_path / "parts")
     assert saved["step"] == stop and len(saved["log"]) == stop and config.stop_at == 0
     torch.manual_seed(123)                                     # the new process stands elsewhere in its random numbers
-    parts, parts_log = train(tmp_path / "parts", config, model_of(99, dropout=changes.get("dropout", 0.0)), machine, saved=saved)
+    parts, parts_log = train(tmp_path / "parts", config, make(99), machine, saved=saved)
     assert same(whole.state_dict(), parts.state_dict())
     assert untimed(log) == untimed(parts_log)
     ends = [torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("whole", "parts")]
@@ -270,14 +276,16 @@ def test_the_log_and_its_picture_go_on(tmp_path, monkeypatch):
 
 
 def test_the_checkpoint_holds_the_choices_made(main):
-    base = main("--batch-tokens", 32, "--steps", 2, "--eval-every", 2, "--eval-tokens", 32, "--no-compile", "--device", "cpu")
+    base = main("--batch-tokens", 32, "--steps", 2, "--eval-every", 2, "--eval-tokens", 32, "--no-compile",
+                "--device", "cpu")
     saved = torch.load(base / "resume.pt", weights_only=True)["config"]
     assert saved["precision"] in ("fp32", "bf16") and saved["compile"] is False
     assert (saved["preset"], saved["micro_batch"], saved["matrix_lr"]) == ("small", 8, 0.01)
 
 
-@pytest.mark.parametrize("flag, value", [("seed", 2), ("lr", 0.1), ("micro_batch", 8), ("steps", 9), ("batch_tokens", 128),
-                                         ("precision", "bf16"), ("compile", True), ("optimizer", "adamw"), ("init", "x")])
+@pytest.mark.parametrize("flag, value", [
+    ("seed", 2), ("lr", 0.1), ("micro_batch", 8), ("steps", 9), ("batch_tokens", 128), ("precision", "bf16"),
+    ("compile", True), ("optimizer", "adamw"), ("init", "x")])
 def test_a_flag_that_contradicts_is_refused_by_name(tmp_path, flag, value):
     with pytest.raises(SystemExit):
         train(tmp_path, replace(SETTINGS, stop_at=2))
@@ -298,9 +306,9 @@ def test_flags_that_agree_or_may_change_are_taken(tmp_path, monkeypatch):
 
 def test_another_preset_or_context_is_refused(main):
     main(*FLAGS)
-    for flags, word in ((("--preset", "gpu"), "--preset gpu"), (("--context", 8), "--context 8"), (("--dropout", 0.5), "--dropout")):
-        with pytest.raises(CourseError, match=word):
-            main("--resume", *flags)
+    for flag, value in (("--preset", "gpu"), ("--context", 8), ("--dropout", 0.5)):
+        with pytest.raises(CourseError, match=f"{flag} {value} contradicts"):
+            main("--resume", flag, value)
 
 
 def test_other_data_or_tokenizer_is_refused(tmp_path):
@@ -371,8 +379,9 @@ chapter4.draw_curves = lambda logs, path: None
 
 def script(code, *arguments, **environment):
     """Start a Python that runs some code after SETUP."""
-    return subprocess.Popen([sys.executable, "-c", SETUP + code, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, "-c", SETUP + code, *map(str, arguments)], text=True, encoding="utf-8",
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
 
 
 def test_killed_in_the_middle_of_a_save_then_resumed(tmp_path):
@@ -439,14 +448,15 @@ def test_bad_weights_do_not_replace_a_good_checkpoint(tmp_path):
     assert saved["step"] == 4 and saved["model"]["norm.weight"].isfinite().all() and kept == [1]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize("compile", [False, True])
 def test_out_of_memory_names_the_flag(tmp_path, monkeypatch, error, compile):
     def full(self, *_):
         raise error
     monkeypatch.setattr(chapter4.Objective, "forward", full)
-    monkeypatch.setattr(torch, "compile", lambda module, disable: module)                  # as if in the compiled first call
+    monkeypatch.setattr(torch, "compile", lambda module, disable: module)                  # as if in its first call
     with pytest.raises(CourseError, match="--micro-batch 4: 2 needs half, and twice as many"):
         train(tmp_path, machine=replace(CPU, compile=compile))
 
@@ -516,8 +526,8 @@ machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precisio
 config = replace(SETTINGS, steps=3, micro_batch=1, lr=1.0, eval_every=100)
 folder = Path(sys.argv[1])
 model, log = train(folder / "sgd", config, machine=machine)
-torch.save({"model": model.state_dict(), "losses": [row["loss"] for row in log], "norms": [row["grad_norm"] for row in log]},
-           folder / f"{machine.rank}.pt")
+torch.save({"model": model.state_dict(), "losses": [row["loss"] for row in log],
+            "norms": [row["grad_norm"] for row in log]}, folder / f"{machine.rank}.pt")
 def signalled(step):
     if step == 5 and machine.rank == 1:
         os.kill(os.getpid(), signal.SIGINT)
@@ -636,18 +646,20 @@ def test_another_tokenizer_is_refused(main, tmp_path):
 
 def test_too_little_held_out_text_fails_before_training(main, monkeypatch):
     opened = chapter2.open_tokens
-    monkeypatch.setattr(chapter2, "open_tokens", lambda folder, split: (opened(folder, split)[0][:9 if split == "val" else None],
-                                                                         opened(folder, split)[1]))
+    def shorter(folder, split):
+        tokens, meta = opened(folder, split)
+        return tokens[:9] if split == "val" else tokens, meta
+    monkeypatch.setattr(chapter2, "open_tokens", shorter)
     monkeypatch.setattr(chapter4, "train", lambda *_: pytest.fail("training began"))
     with pytest.raises(CourseError, match="too few"):
         main(*FLAGS)
 
 
-@pytest.mark.parametrize("flags, word", [(("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"),
-                                         (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"),
-                                         (("--device", "nonsense"), "--device nonsense"), (("--resume",), "resume.pt"),
-                                         (("--init", "nowhere"), "nowhere"),
-                                         (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv does not exist")])
+@pytest.mark.parametrize("flags, word", [
+    (("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"),
+    (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"), (("--resume",), "resume.pt"),
+    (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
+    (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv does not exist")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, word):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     with pytest.raises(CourseError, match=word) as error:
@@ -659,12 +671,13 @@ def test_compare_draws_several_runs(main, monkeypatch, tmp_path, capsys):
     main(*FLAGS)
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     main("--compare", tmp_path / "out", tmp_path / "out")
-    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG" and "compare.png" in capsys.readouterr().out
+    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert "compare.png" in capsys.readouterr().out
 
 
 def test_the_command_line_ends_with_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "04_train.py"), "--out", str(tmp_path), "--resume"], capture_output=True,
-                          text=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(ROOT / "04_train.py"), "--out", str(tmp_path), "--resume"],
+                          capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr.startswith("error:") and len(done.stderr.splitlines()) == 1
 
 

@@ -115,7 +115,7 @@ def compare(data, shape, machine, seconds, rows):
     first, usual = pace(train_ours(data, shape, machine, 12)[1])                           # pays for compiling
     steps = max(2, round((seconds - first) / usual))
     model, log = train_ours(data, shape, machine, steps, evaluations=20)
-    clock, passed = first - log[0]["seconds"], None                                        # the trial's compiling counts
+    clock, passed = first - log[0]["seconds"], None      # what the trial paid for compiling counts
     for row in log:
         clock += row["seconds"]
         if passed is None and row["val_bits_per_byte"] <= early:
@@ -125,7 +125,7 @@ def compare(data, shape, machine, seconds, rows):
           f"{log[-1]['tokens'] / clock:,.0f} tokens/s (compiling took {first - usual:.0f} s of them)")
     print(f"ratio {ours / baseline:.3f} (goal: at most 0.67)")
     print("ours did not reach the baseline's last loss" if passed is None else
-          f"ours passed the baseline's last loss after {passed:.0f} s, {passed / used:.3f} of its time (goal: at most 0.167)")
+          f"ours passed the baseline's last loss after {passed:.0f} s, {passed / used:.3f} of its time (goal: 0.167)")
 
 
 def speeds(data, shape, machine, steps):
@@ -134,7 +134,7 @@ def speeds(data, shape, machine, steps):
         for compiles in (True, False):
             log = train_ours(data, shape, replace(machine, precision=precision, compile=compiles), steps)[1]
             first, usual = pace(log)
-            print(f"{precision} {'compiled  ' if compiles else 'as it is  '} {log[0]['tokens'] / usual:10,.0f} tokens/s, "
+            print(f"{precision} {'compiled' if compiles else 'as it is'} {log[0]['tokens'] / usual:10,.0f} tokens/s, "
                   f"first step {first:5.1f} s")
 
 
@@ -185,9 +185,8 @@ def compare_on_gpu(machine, rows, steps):
     """Print tokens/s and MFU at 124 million parameters, T = 1024."""
     gpt2 = {**chapter3.PRESETS["gpt2"], "vocab_size": 50304}
     runs = {"GPT-2 baseline: fused, vocabulary 50,304": {**gpt2, "attention": "fused"},
-            "gpt2, attention by hand": {**chapter3.PRESETS["gpt2"]}, "gpt2, attention fused": {**chapter3.PRESETS["gpt2"], "attention": "fused"},
-            "modern-124m, attention by hand": {**chapter3.PRESETS["modern-124m"]},
-            "modern-124m, attention fused": {**chapter3.PRESETS["modern-124m"], "attention": "fused"}}
+            **{f"{preset}, attention {name}": {**chapter3.PRESETS[preset], "attention": kind}
+               for preset in ("gpt2", "modern-124m") for name, kind in (("by hand", "auto"), ("fused", "fused"))}}
     first = None
     for name, shape in runs.items():
         speed, share = gpu_speed(GPTConfig(**shape), machine, rows, steps)
@@ -201,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180, help="of training for each of the two")
     parser.add_argument("--out", type=Path, default=Path("out"), help="course folder with tokenizer and data")
-    parser.add_argument("--rows", type=int, default=12, help="rows a step of the baseline (GPU: rows at once, default 32)")
+    parser.add_argument("--rows", type=int, default=12, help="rows a step of the baseline (on a GPU: 32)")
     parser.add_argument("--speeds", action="store_true", help="also measure tokens/s, compiled and not, bf16 and fp32")
     parser.add_argument("--memory", action="store_true", help="also measure resident memory, early and late")
     parser.add_argument("--only", choices=("speeds", "memory"), help="measure nothing but this")
@@ -210,13 +209,15 @@ def main():
     parser.add_argument("--device", help="cpu or cuda (default: the fastest there is)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile ours")
     flags = parser.parse_args()
-    machine = chapter4.choose_machine(chapter4.TrainingConfig(device=flags.device, compile=False if flags.no_compile else None))
+    asked = chapter4.TrainingConfig(device=flags.device, compile=False if flags.no_compile else None)
+    machine = chapter4.choose_machine(asked)
     if machine.device.type == "cuda":
         return compare_on_gpu(machine, 32 if flags.rows == 12 else flags.rows, steps=30)
     data = Data(flags.out)
     shape = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size, "context": flags.context}
     shape = {**{name: getattr(GPTConfig(), name) for name in ("layers", "heads", "width")}, **shape}
-    print(f"{shape['layers']} layers of width {shape['width']}, context {shape['context']}, {torch.get_num_threads()} threads")
+    print(f"{shape['layers']} layers of width {shape['width']}, context {shape['context']}, "
+          f"{torch.get_num_threads()} threads")
     if flags.only is None:
         compare(data, shape, machine, flags.seconds, flags.rows)
     if flags.speeds or flags.only == "speeds":
