@@ -154,11 +154,11 @@ def evaluate(model, machine, tokens, bytes_of, limit, rows=8):
     return nats / count, nats / math.log(2) / max(1, bytes_of[ids[1:]].sum().item())
 
 
-def sample(model, ids, count, seed=0):
-    """Return `count` more ids after a list of ids: the shortest sampler there is. Chapter 5 does better."""
+def sample(model, ids, count, seed=0, vocab=None):
+    """Return `count` more ids (all below `vocab`) after some: the shortest sampler there is. Chapter 5 does better."""
     generator, device = torch.Generator().manual_seed(seed), model.embed_tokens.weight.device
     for _ in range(count):
-        logits = model(torch.tensor([ids[-model.config.context:]], device=device))[0, -1]     # (V)
+        logits = model(torch.tensor([ids[-model.config.context:]], device=device))[0, -1, :vocab]   # (V)
         ids = ids + torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).tolist()
     return ids
 
@@ -384,7 +384,7 @@ def main(config):
               f"{R} x {T} tokens; the loss is {loss:.2f} now (a guess among {V:,} tokens: {math.log(V):.2f})")
     batch = lambda step: (*map(torch.from_numpy, chapter2.get_batch(texts["train"], step, R, T, config.seed)), None)
     judge = lambda model: (*evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens),
-                           repr(tokenizer.decode(sample(model, texts["val"][:8].tolist(), 24))))
+                           repr(tokenizer.decode(sample(model, texts["val"][:8].tolist(), 24, vocab=tokenizer.vocab_size))))
     keep = lambda model: save_folder(model, tokenizer, folder, [tokenizer.special_tokens[chapter1.END_OF_TEXT]])
     facts = {"tokenizer": tokenizer.fingerprint(), "data": meta["splits"]["train"]}
     train(model, batch, config, machine, folder, judge, keep, facts, saved)

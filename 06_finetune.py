@@ -283,7 +283,7 @@ def count_obeyed(model, tokenizer, tasks, settings, ends, known):
         prompt = chapter5.render_chat(tokenizer, turns[:1])
         groups[len(prompt)].append((number, prompt))           # prompts of equal length are answered together
     for members in groups.values():
-        for new in chapter5.generate(model, [prompt for _, prompt in members], settings, ends):
+        for new in chapter5.generate(model, [prompt for _, prompt in members], settings, ends, tokenizer.vocab_size):
             for stream, (token, _) in new.items():
                 written[members[stream][0]].append(token)
     for number, (kind, function, _) in enumerate(tasks):
