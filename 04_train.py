@@ -11,6 +11,7 @@ Run:    python 04_train.py                    picks device, precision and preset
 Writes: out/base/: the best weights so far as a folder for transformers, resume.pt, log.csv, loss.png.
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 (Muon).
 """
+import atexit
 import math
 import os
 import signal
@@ -64,7 +65,6 @@ class TrainingConfig:
 
 
 # ---- The machine: device, precision, compilation, processes --------------------------------------
-
 @dataclass
 class Machine:
     """Where and how to compute."""
@@ -101,11 +101,12 @@ def choose_machine(config):
               f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'it pays'})")
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(distributed.destroy_process_group)     # after the barrier: registered last runs first
+        atexit.register(distributed.barrier)
     return Machine(device, precision, compiles, rank, world)
 
 
 # ---- What a step needs: optimizer, schedule, loss ------------------------------------------------
-
 def make_optimizers(model, config):
     """Return {name: optimizer}: Muon for the matrices inside the blocks, AdamW for the rest, or for all.
 
@@ -164,7 +165,6 @@ def sample(model, ids, count, seed=0, vocab=None):
 
 
 # ---- A run: picture, checkpoint, the loop itself --------------------------------------------------
-
 def draw_curves(logs, path):
     """Draw log.csv files {name: file} against the tokens read: values pale, their running mean strong."""
     figure, colors = Figure(figsize=(12, 6), layout="constrained"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -322,7 +322,6 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
 
 
 # ---- The script ----------------------------------------------------------------------------------
-
 @dataclass
 class Config(TrainingConfig):
     preset: str | None = None  # shape of the model, see 03_model.py --help (default: by the device)
