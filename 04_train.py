@@ -34,7 +34,7 @@ CourseError, replacing, GPT = chapter1.CourseError, chapter1.replacing, chapter3
 #   micro-batch   rows that go through the model at once; a step adds up the gradients of several
 IGNORED = -100  # a target, that is a next token in y, from which nothing is to be learnt
 RECIPES = {  # how each preset of chapter 3 is trained, unless a flag says otherwise
-    "small": dict(steps=3200, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01, eval_every=400),
+    "small": dict(steps=2800, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01, eval_every=400),
     "gpu": dict(steps=2500, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=0.02, eval_every=250),
     "124m": dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=0.02, eval_every=250),
 }

@@ -17,6 +17,7 @@ Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2
 """
 import ast
 import json
+import keyword
 import math
 import random
 import re
@@ -61,12 +62,12 @@ PHRASINGS = {  # kind: (phrasings that are trained on, phrasings kept for the te
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, ours or any that chapter 3 opens (default: out/base)
-    steps: int = 1200  # updates of the weights
+    steps: int = 1000  # updates of the weights
     batch_tokens: int = 2048  # tokens of a step, padding included
     micro_batch: int = 8  # rows at once in memory
     lr: float = 3e-3  # AdamW's learning rate: lower than in chapter 4, as there is less to change
     matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 300  # steps between evaluations (each also saves)
+    eval_every: int = 250  # steps between evaluations (each also saves)
     conversations: str = ""  # JSON lines of your own, or dolly or alpaca (default: made from Python's library)
     lora_rank: int = 0  # train adapters of this rank instead of all weights; more can change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
@@ -107,33 +108,32 @@ def functions_in(text, longest=160, widest=64):
 
 
 def library_functions():
-    """Return {split: [Function]} of the standard library; whole modules are held out, as in chapter 1."""
-    functions = defaultdict(dict)                              # a dict keeps the order and drops duplicates
+    """Return ({split: [Function]}, names): whole modules are held out; names are all words of the train modules."""
+    functions, names = defaultdict(dict), set()                # a dict keeps the order and drops duplicates
     for split, text in chapter1.split_documents(filter(None, chapter1.read_source(["python"]))):
         with suppress(SyntaxError, ValueError):                # a template or an example, not a module
             functions[split].update(dict.fromkeys(functions_in(text)))
-    return {split: list(found) for split, found in functions.items()}
+        names.update(re.findall(r"\b[A-Za-z_]\w{1,24}\b", text) if split == "train" else ())
+    return {split: list(found) for split, found in functions.items()}, sorted(names - set(keyword.kwlist))
 
 
 def renamed(function, names, chooser):
     """Return the function under another name and with other parameters, the same all through its body."""
     words = {function.name, *(p.lstrip("*").split("=")[0] for p in function.parameters)} - {"self", "cls", ""}
-    new = dict(zip(sorted(words), chooser.sample(names, len(words))))
+    new = dict(zip(sorted(words), (name for name in chooser.sample(names, min(60, len(names))) if name not in function.source)))
     swap = lambda text: re.sub(r"(?<![\w.'\"])[A-Za-z_]\w*", lambda match: new.get(match[0], match[0]), text)
     return Function(swap(function.name), tuple(map(swap, function.parameters)), swap(function.source), function.purpose)
 
 
-def make_tasks(functions, phrasing, seed, rename=False):
+def make_tasks(functions, phrasing, seed, names=()):
     """Return a task for each function, in the phrasings to train on (0) or those of the test (1).
 
-    rename: under other names; where a name can be anything, all that a model can learn is to copy it.
+    names: if given, functions get other names out of these: where a name can be any, all one can learn is to copy it.
     """
     chooser, tasks = random.Random(seed), []
-    words = {function.name for function in functions}.union(*(function.parameters for function in functions))
-    names = sorted(word for word in words if word.isidentifier() and word not in ("self", "cls"))
     for function in functions:
         kind = chooser.choice((*["write"] * 4, "parameters", "purpose" if function.purpose else "write"))
-        if rename and kind != "purpose":
+        if names and kind != "purpose":
             function = renamed(function, names, chooser)
         pattern = re.sub(r"\{([^{}]*\|[^{}]*)\}", lambda match: chooser.choice(match[1].split("|")),
                          chooser.choice(PHRASINGS[kind][phrasing]))
@@ -328,12 +328,12 @@ def with_chat_tokens(model, tokenizer):
     return grown.to(model.embed_tokens.weight.device), tokenizer
 
 
-def read_examples(config, functions, tokenizer, T):
+def read_examples(config, functions, names, tokenizer, T):
     """Return the encoded conversations that fit the context, to learn from and held out; counts the others."""
     path = config.conversations
     if path in chapter2.DOWNLOADS:
         path = chapter2.download(path, Path(config.out) / "downloads")
-    made = [task for copy in range(4) for task in make_tasks(functions["train"], 0, config.seed + copy, rename=copy > 0)]
+    made = [task for copy in range(4) for task in make_tasks(functions["train"], 0, config.seed + copy, names if copy else ())]
     conversations = read_conversations(path) if path else [turns for *_, turns in made]
     examples = [chapter5.encode_chat(tokenizer, turns) for turns in conversations]
     fitting = [example for example in examples if len(example[0]) <= T + 1]      # cut short, they would teach not to end
@@ -342,7 +342,7 @@ def read_examples(config, functions, tokenizer, T):
         raise CourseError(f"--conversations {path}: too few fit the context of {T} tokens: use shorter ones")
     if path:
         return fitting[len(fitting) // 20 + 1:], fitting[:len(fitting) // 20 + 1]
-    held_out = [turns for kind, _, turns in make_tasks(functions["val"], 0, 0, rename=True) if kind != "purpose"]
+    held_out = [turns for kind, _, turns in make_tasks(functions["val"], 0, 0, names) if kind != "purpose"]
     for _, answer in held_out:                                 # a body may be anything; its first line is asked for,
         answer["content"] = answer["content"].split("\n")[0]   # but not how the answer goes on after it
     encoded = [chapter5.encode_chat(tokenizer, turns) for turns in held_out]
@@ -365,9 +365,9 @@ def main(config):
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
     model, tokenizer = with_chat_tokens(*chapter5.open_model(config.init or out / "base", machine.device)[:2])
-    T, special, functions = model.config.context, tokenizer.special_tokens, library_functions()
+    T, special, (functions, names) = model.config.context, tokenizer.special_tokens, library_functions()
     ends = {special[text] for text in (chapter5.CHAT_END, chapter1.END_OF_TEXT) if text in special}
-    examples, held_out = read_examples(config, functions, tokenizer, T)
+    examples, held_out = read_examples(config, functions, names, tokenizer, T)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
     tasks, new_tasks = (held_out_tasks(functions, config.tasks, phrasing) for phrasing in (0, 1))

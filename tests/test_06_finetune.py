@@ -131,9 +131,8 @@ def test_renamed_is_the_same_function_under_other_names():
 
 
 def test_split_and_phrasings_are_held_out():
-    functions = chapter6.library_functions()
-    names = {split: set(found) for split, found in functions.items()}
-    assert len(names["train"]) > 2000 and not names["train"] & {f for f in names["test"] if f not in names["train"]}
+    functions, words = chapter6.library_functions()
+    assert len(functions["train"]) > 2000 and len(words) > 20_000 and "deque" in words and "class" not in words
     known = {(f.name, f.parameters) for f in functions["train"]}
     tasks = chapter6.held_out_tasks(functions, 100, 0)
     assert len(tasks) == 100 and all((f.name, f.parameters) not in known for _, f, _ in tasks)
@@ -149,7 +148,8 @@ def test_split_and_phrasings_are_held_out():
 def test_every_answer_obeys_its_own_instruction():
     functions = chapter6.functions_in(MODULE)
     for seed in range(30):
-        for kind, made, turns in chapter6.make_tasks(functions * 3 + MORE, seed % 2, seed, rename=seed > 9):
+        names = ["one", "two", "three", "four", "self", "a", "return_it", "x9"] if seed > 9 else ()
+        for kind, made, turns in chapter6.make_tasks(functions * 3 + MORE, seed % 2, seed, names):
             assert [turn["role"] for turn in turns] == ["user", "assistant"]
             if kind != "purpose":                              # a docstring may well share no word with its function
                 assert chapter6.judge_answer(kind, made, turns[1]["content"])[1], (made, turns)
