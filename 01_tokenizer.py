@@ -24,11 +24,14 @@ import os
 import sys
 import sysconfig
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import chain, groupby, islice
 from multiprocessing.pool import Pool, ThreadPool
+from operator import add
 from pathlib import Path
 
 import regex  # like `re`, but it knows \p{L}, "a letter of any script"
@@ -97,10 +100,10 @@ def run(script, config_class, about):
     try:
         script(parse_flags(config_class, about))
         sys.stdout.flush()
-    except (CourseError, KeyboardInterrupt) as error:
-        sys.exit(f"error: {error}" if isinstance(error, CourseError) else 130)
     except BrokenPipeError:                                    # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (CourseError, OSError, KeyboardInterrupt) as error:
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else f"error: {error}")
 
 
 # ---- Where text comes from, and which part of it is held out -------------------------------------
@@ -184,7 +187,7 @@ def learn_merges(chunks, how_many):
     for chunk, n in chunks.items():
         row += [*chunk.encode(), GAP]
         times += [n] * (len(row) - len(times))
-    counts, changes, places = Counter(), Counter(), defaultdict(list)
+    counts, changes, places = Counter(), Counter(), defaultdict(lambda: array("i"))
     for i, pair in enumerate(zip(row, row[1:])):
         changes[pair] += times[i]
         places[pair].append(i)
@@ -242,7 +245,6 @@ class Tokenizer:
     tokens: {bytes: id}; special_tokens: {text: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order;
     vocab_size: the highest id + 1; first: the id that this kind wants before a text, or None.
     """
-
     def __init__(self, data):
         self.data, self.nfc, self.first, self.special_tokens, patterns = data, False, None, {}, []
         for part, inside in (("added_tokens", ""), ("model", ""), ("normalizer", "normalizers"),
@@ -278,44 +280,42 @@ class Tokenizer:
         char = {token: chr(i) for token, i in self.tokens.items()}              # as in learn_merges_naive
         self._char_of = {byte: char[bytes([byte])] for byte in range(256) if bytes([byte]) in char}
         self._ranks = {char[a] + char[b]: (rank, char[a + b]) for rank, (a, b) in enumerate(self.merges)}
-        self._known = {}                                       # {chunk: ids}: most chunks come back
+        self._ids_of = lru_cache(500_000)(self._encode_chunk)   # most chunks come back
 
     def fingerprint(self):
         """Return 16 hex digits that change when vocabulary, merges, pattern or specials do."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _encode_chunk(self, chunk):
-        """Return the ids of one chunk (bytes): the merge of lowest rank first, wherever it stands, until none is left."""
+    def _encode_chunk(self, text):
+        """Return the ids of one chunk: the merge of lowest rank first, wherever it stands, until none is left."""
+        chunk = text.encode("utf-8", "surrogateescape")
         if self.data["model"].get("ignore_merges") and chunk in self.tokens:
             return [self.tokens[chunk]]
         for byte in set(chunk) - self._char_of.keys():
             raise CourseError(f"the tokenizer has no token for the byte {byte:#04x}")
         word, ranks = "".join(map(self._char_of.get, chunk)), self._ranks
-        waiting = {a + b for a, b in zip(word, word[1:])} & ranks.keys()
-        while waiting:
-            pair = min(waiting, key=ranks.get)
-            new = ranks[pair][1]
-            word = word.replace(pair, new)
-            parts = word.split(new)                            # the neighbours of the new token make new pairs
-            fresh = {p for a, b in zip(parts, parts[1:]) for p in (a[-1:] + new, new + b[:1], new + new)}
-            waiting = (waiting - {pair} | fresh) & ranks.keys()
+        pairs = set(map(add, word, word[1:])) & ranks.keys()
+        while pairs:
+            first = min(pairs, key=ranks.get)
+            new = ranks[first][1]
+            word = word.replace(first, new)
+            found = map(add, word, word[1:])                   # all pairs, or of a long word the new token's
+            if len(word) > 64:
+                parts = word.split(new)
+                found = pairs - {first} | {p for a, b in zip(parts, parts[1:]) for p in (a[-1:] + new, new + b[:1], new + new)}
+            pairs = ranks.keys() & found
         return list(map(ord, word))
 
     def encode(self, text, allow_special=False):
         """Return the ids of a text, or of any bytes. Only with allow_special is "<|endoftext|>" one id."""
         text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text.encode(
             "utf-16", "surrogatepass").decode("utf-16", "replace")              # half a UTF-16 pair becomes U+FFFD
-        self._known = known = {} if len(self._known) >= 500_000 else self._known     # so the memory is bounded
         ids = []
         for i, part in enumerate(self._special.split(text) if allow_special else [text]):
-            chunks = [unicodedata.normalize("NFC", part) if self.nfc else part]
+            chunks = [] if i % 2 else [unicodedata.normalize("NFC", part) if self.nfc else part]
             for cut in self._cuts:
                 chunks = chain.from_iterable(map(cut.findall, chunks))
-            for chunk in chunks if i % 2 == 0 else ():
-                if chunk not in known:
-                    known[chunk] = self._encode_chunk(chunk.encode("utf-8", "surrogateescape"))
-                ids += known[chunk]
-            ids += [self.special_tokens[part]] if i % 2 else []
+            ids += [self.special_tokens[part]] if i % 2 else chain.from_iterable(map(self._ids_of, chunks))
         return ids
 
     def decode_bytes(self, ids):

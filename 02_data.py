@@ -57,8 +57,10 @@ DOWNLOADS = {  # name: (address, sha256, size and licence)
         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443", "2.2 GB, CDLA-Sharing-1.0"),
     "enwik8": ("https://mattmahoney.net/dc/enwik8.zip",
         "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc", "36 MB, CC BY-SA 3.0"),
-    "dolly": ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"        # conversations, for
-        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",                  # chapter 6
+}
+CONVERSATIONS = {  # for chapter 6
+    "dolly": ("https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
+        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
         "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0"),
     "alpaca": ("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json",
         "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419", "23 MB, CC BY-NC 4.0"),
@@ -292,6 +294,8 @@ def choose_tokenizer(config):
 def main(config):
     """Clean, split, encode and show."""
     folder, downloads, changed, dropped = Path(config.out) / "data", Path(config.out) / "downloads", {}, Counter()
+    for name in CONVERSATIONS.keys() & set(config.source):
+        raise CourseError(f"--source {name} holds conversations, no text: `06_finetune.py --conversations {name}` reads it")
     fetched = sum(download(name, downloads).stat().st_size for name in config.source if name in DOWNLOADS)   # bytes
     tokenizer, source = choose_tokenizer(config)
     if "site-packages" in source:

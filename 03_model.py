@@ -91,28 +91,28 @@ def attention(q, k, v, kind="auto", documents=None, block=128):
     each sees its own text only. kind:
       formula  the definition: half of what it computes is masked away again
       blocks   the definition for `block` queries at a time, each against only the keys they may see
-      fused    torch's own kernel, for comparison
+      fused    torch's own kernel, for comparison; with a cache or documents, blocks
       auto     formula up to 256 keys, where one large product is the fastest, else blocks
     """
     T, S, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))    # (B, K, S, D) -> (B, H, S, D)
-    visible = torch.arange(S, device=q.device) <= torch.arange(S - T, S, device=q.device)[:, None]    # (T, S)
-    if documents is not None:                                  # (T, S) -> (B, 1, T, S)
-        visible = visible & (documents[:, None, S - T:, None] == documents[:, None, None])
-    if kind == "fused":
-        plain = T == S and documents is None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else visible, is_causal=plain)
+    if kind == "fused" and T == S and documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     rows = T if kind == "formula" or (kind == "auto" and S <= 256) else block
-    cuts = [(slice(i, i + rows), slice(S - T + i + rows)) for i in range(0, T, rows)]    # who asks, who may be seen
-    return torch.cat([attention_formula(q[:, :, asks], k[:, :, seen], v[:, :, seen], visible[..., asks, seen])
-                      for asks, seen in cuts], dim=2)
+    places, parts = torch.arange(S, device=q.device), []
+    for i in range(0, T, rows):
+        asks, seen = slice(i, i + rows), slice(S - T + i + rows)                 # who asks, who may be seen
+        visible = places[seen] <= places[S - T:][asks, None]   # (T, S), here and below of one block
+        if documents is not None:                              # (T, S) -> (B, 1, T, S)
+            visible = visible & (documents[:, None, S - T:][..., asks, None] == documents[:, None, None, seen])
+        parts.append(attention_formula(q[:, :, asks], k[:, :, seen], v[:, :, seen], visible))
+    return torch.cat(parts, dim=2)                             # (B, H, T, D)
 
 
 def rope_angles(config, places):
     """Return cos and sin, each (T, D), of the angles by which RoPE turns the D / 2 pairs of numbers at each place."""
     pairs = torch.arange(0, config.head_width, 2, device=places.device) / config.head_width      # (D / 2)
-    angles = places[:, None].float() / config.rope_theta ** pairs        # the first turn fast, the last hardly at all
-    angles = angles.repeat(1, 2)                               # (T, D / 2) -> (T, D)
+    angles = (places[:, None] / config.rope_theta ** pairs).repeat(1, 2)         # (T, D), fast to hardly turning at all
     return angles.cos(), angles.sin()
 
 
@@ -261,8 +261,8 @@ def read_safetensors(path):
         start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
         text = data[8:min(start, 100_000_000)].numpy().tobytes()
         header = json.loads(text)
-        odd = [value for value in header.pop("__metadata__", {}).values() if not isinstance(value, str)]
-        if odd or text.count(b'"data_offsets"') != len(header):
+        plain = all(isinstance(value, str) for value in header.pop("__metadata__", {}).values())
+        if not plain or text.count(b'"data_offsets"') != len(header):
             raise ValueError("__metadata__ holds more than strings, or a name occurs twice")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, place = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -322,8 +322,8 @@ def save(model, folder):
 
 def load(folder):
     """Open a folder of the GPT-2, Llama or Qwen3 family. Raises CourseError naming all that does not fit."""
-    folder, data = Path(folder), chapter1.read_json(Path(folder) / "config.json", "04_train.py")        # 1. The config
-    try:
+    folder, data = Path(folder), chapter1.read_json(Path(folder) / "config.json", "04_train.py or 06_finetune.py")
+    try:                                                       # 1. The config
         rope = data.get("rope_parameters") or {}
         data = {name: value for name, value in {**data, **rope}.items() if value is not None}
         odd = [f"{name} {value!r}" for name, value in data.items() if name in {**rope, **ACCEPTED}
@@ -339,11 +339,11 @@ def load(folder):
     except (CourseError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CourseError(f"{folder / 'config.json'}: {error if type(error) is CourseError else repr(error)}") from None
     # 2. The tensors, in one file or several. Some files lack the prefix, old ones hold the mask too.
-    files = [read_safetensors(file) for file in sorted(folder.glob("model*.safetensors"))]
     prefix = "transformer." if kinds is GPT2 else "model."
     ignored = (".attn.bias", ".attn.masked_bias") + ("lm_head.weight",) * config.tied
     found = {name if name.startswith((prefix, "lm_head")) else prefix + name: tensor
-             for file in files for name, tensor in file.items() if not name.endswith(ignored)}
+             for file in sorted(folder.glob("model*.safetensors"))
+             for name, tensor in read_safetensors(file).items() if not name.endswith(ignored)}
     have = {name: list(tensor.shape) for name, tensor in found.items()}
     want = {name: list(torch.cat(views, dim=-1).shape) for name, views in family_tensors(model).items()}
     wrong = [f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'expected')}"

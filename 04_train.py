@@ -12,11 +12,13 @@ Writes: out/base/: the best weights so far as a folder for transformers, resume.
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 (Muon).
 """
 import atexit
+import gc
 import math
 import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -101,8 +103,7 @@ def choose_machine(config):
               f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'it pays'})")
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)     # after the barrier: registered last runs first
-        atexit.register(distributed.barrier)
+        atexit.register(distributed.destroy_process_group)
     return Machine(device, precision, compiles, rank, world)
 
 
@@ -171,15 +172,12 @@ def draw_curves(logs, path):
     for place, column in enumerate("loss val_loss val_bits_per_byte grad_norm lr_share tokens_per_second".split(), 1):
         axis = figure.add_subplot(2, 3, place, title=column.replace("_", " "), xlabel="tokens read")
         for color, (name, file) in zip(colors * len(logs), logs.items()):
-            if not file.exists():
-                raise CourseError(f"{file} does not exist: 04_train.py writes it")
             table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1, encoding="utf-8")
             tokens, values = (table[key][np.isfinite(table[column])] for key in ("tokens", column))
             window = 1 + len(values) // 50
             mean = np.convolve(values, np.full(window, 1 / window), "valid") if len(values) else values
             axis.plot(tokens, values, color=color, alpha=0.3, linewidth=0.8)
-            middle = tokens[window // 2:][:len(mean)]
-            axis.plot(middle, mean, color=color, label=name, marker="." if window == 1 else None)
+            axis.plot(tokens[window // 2:][:len(mean)], mean, color=color, label=name, marker="." if window == 1 else None)
     figure.axes[0].legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
@@ -234,13 +232,15 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
     batch(step) -> x, y, documents (None, or as in chapter 3), each (R, T). judge(model) -> held-out loss, bits per
     byte, a remark. keep(model) stores the best. facts: what a resumed run must share; saved: its checkpoint.
     """
-    for name in ("steps", "batch_tokens", "micro_batch", "eval_every"):
-        if getattr(config, name) < 1:
-            raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least 1")
+    for name, least in {"steps": 1, "batch_tokens": 1, "micro_batch": 1, "eval_every": 1, "seed": 0}.items():
+        if getattr(config, name) < least:
+            raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {least}")
     if saved and saved["facts"] != facts:
         raise CourseError(f"the run began with {saved['facts']}, here is {facts}: bring that back or drop --resume")
-    objective = torch.compile(Objective(model), disable=not machine.compile)
-    optimizers = make_optimizers(model.to(machine.device).train(), config)
+    objective, optimizers = Objective(model.to(machine.device).train()), make_optimizers(model, config)
+    if machine.world > 1:                                      # its `backward` averages gradients over all processes
+        objective = nn.parallel.DistributedDataParallel(objective)
+    objective = torch.compile(objective, disable=not machine.compile)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts, path = {"model": model, "scaler": scaler, **optimizers}, Path(folder) / "resume.pt"
     run = {"step": 0, "log": [], "best": math.inf, "worse": 0, **(saved or {}), "facts": facts,
@@ -263,16 +263,15 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             rows = [part for part in batch(step) if part is not None]                    # x, y, ...: (R, T) each
             targets, nats = int((rows[1] != IGNORED).sum()) or 1, torch.zeros((), device=machine.device)
             mine = [part[machine.rank::machine.world].to(machine.device).split(config.micro_batch) for part in rows]
-            for micro_batch in zip(*mine):
-                with machine.autocast():
+            for i, micro_batch in enumerate(zip(*mine), 1):
+                with machine.autocast(), objective.no_sync() if machine.world > 1 and i < len(mine[0]) else nullcontext():
                     loss = objective(*micro_batch)
-                scaler.scale(loss / targets).backward()
+                scaler.scale(loss * machine.world / targets).backward()          # the last also asks the other processes
                 nats += loss.detach()
-            # 3. So do those of all processes. They also share the reasons to stop, which one alone may know.
+            # 3. All processes share the loss, and the reasons to stop, which one alone may know.
             reasons = torch.tensor([0 < config.patience <= run["worse"], *(n in signals for n in handlers)]).to(nats)
-            if machine.world > 1:
-                for tensor in (nats, reasons, *(p.grad for p in model.parameters() if p.requires_grad)):
-                    distributed.all_reduce(tensor)
+            for tensor in (nats, reasons) if machine.world > 1 else ():
+                distributed.all_reduce(tensor)
             # 4. Take the scale of fp16 out, then shorten a gradient that is too long.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
@@ -316,6 +315,8 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        objective = None                                       # else DDP keeps the processes connected to the very end,
+        gc.collect()                                           # when gloo's threads can only abort
     if run["step"] < config.steps and not reasons[0]:          # stopped by a signal or --stop-at, not by patience
         sys.exit(130 if reasons[1] else 143 if reasons[2] else 0)
     return run["log"]

@@ -73,7 +73,6 @@ class Config:
 
 
 # ---- From scores to one token, from tokens to text -----------------------------------------------
-
 def keep_top_k(logits, k):
     """Leave the k highest scores, set the others to minus infinity, which softmax makes 0."""
     best = logits.topk(min(k, len(logits)))
@@ -152,7 +151,6 @@ class TextStream:
 
 
 # ---- Looking inside ------------------------------------------------------------------------------
-
 def explain(logits, chosen, tokenizer):
     """Return a line: the token, the entropy in bits, and the five likeliest, before temperature and filters."""
     p = logits.float().softmax(-1)                             # (V,)
@@ -250,7 +248,6 @@ def memorisation(ids, tokens, part=1 << 22):
 
 
 # ---- Chat ----------------------------------------------------------------------------------------
-
 def encode_chat(tokenizer, turns):
     """Return (ids, trained) of a conversation in ChatML; trained marks what the assistant says, end included."""
     start, end = tokenizer.special_tokens[CHAT_START], tokenizer.special_tokens[CHAT_END]
@@ -315,7 +312,6 @@ def chat(model, tokenizer, config, ends):
 
 
 # ---- The script ----------------------------------------------------------------------------------
-
 def open_model(folder, device):
     """Return (model, tokenizer, ids that end a text) of a folder. Raises CourseError if they do not fit."""
     model, tokenizer = chapter3.GPT.load(folder).eval(), chapter1.Tokenizer.load(folder)

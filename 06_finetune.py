@@ -95,14 +95,15 @@ def does_something(node):
 
 
 def functions_in(text, longest=160, widest=64):
-    """Return the Functions of a module that have at most `longest` characters, and `widest` in a line."""
+    """Return the Functions of a module that a small model can learn: short, and without brackets inside brackets."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and does_something(node):
             docstring, parameters = ast.get_docstring(node), parameters_of(node.args)
             body = [line for part in node.body[docstring is not None:] for line in ast.unparse(part).splitlines()]
             source = "\n    ".join([f"def {node.name}({', '.join(parameters)}):", *body])
-            if len(source) <= longest and max(map(len, source.splitlines())) <= widest:
+            nested = re.search(r"[([{][^])}\n]*[([{]", "\n".join(body))            # it would forget to close them
+            if len(source) <= longest and max(map(len, source.splitlines())) <= widest and not nested:
                 found.append(Function(node.name, parameters, source, (docstring or "").split("\n")[0].strip()))
     return found
 
@@ -299,8 +300,7 @@ def show_results(results, tasks, path):
     """Print {evaluation: (counts, answers)} as three answers and a table of shares, and draw it to `path`."""
     for number, (_, _, turns) in enumerate(tasks[:3]):
         print(f"\n> {turns[0]['content']}\nbefore: {results['before'][1][number][:150]!r}\nafter:\n{results['after'][1][number]}")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.add_subplot(xlabel="instructions obeyed (%)")
+    axis = Figure(figsize=(8, 4.5), layout="constrained").add_subplot(xlabel="instructions obeyed (%)")
     print(f"\n{'':32}{'tasks':>7}{'ends':>8}{'parses':>8}{'obeys':>8}{'copied':>8}")
     for number, (name, (counts, _)) in enumerate(results.items()):
         for kind, count in counts.items():
@@ -309,7 +309,7 @@ def show_results(results, tasks, path):
             print(f"{f'{name}, {kind}':32}{count['tasks']:7}{shares}")
             axis.barh(f"{name}, {kind}", 100 * count["obeys"] / count["tasks"], color=("#999999", "#0072b2", "#56b4e9", "#e69f00")[number])
     with chapter1.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        axis.figure.savefig(temporary, dpi=110)
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -331,8 +331,8 @@ def with_chat_tokens(model, tokenizer):
 def read_examples(config, functions, names, tokenizer, T):
     """Return the encoded conversations that fit the context, to learn from and held out; counts the others."""
     path = config.conversations
-    if path in chapter2.DOWNLOADS:
-        path = chapter2.download(path, Path(config.out) / "downloads")
+    if path in chapter2.CONVERSATIONS:
+        path = chapter2.download(path, Path(config.out) / "downloads", chapter2.CONVERSATIONS)
     made = [task for copy in range(4) for task in make_tasks(functions["train"], 0, config.seed + copy, names if copy else ())]
     conversations = read_conversations(path) if path else [turns for *_, turns in made]
     examples = [chapter5.encode_chat(tokenizer, turns) for turns in conversations]

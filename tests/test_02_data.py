@@ -177,8 +177,14 @@ def test_a_download_replaces_nothing_that_was_put_there_by_hand(tmp_path):
 
 
 def test_the_table_of_downloads_is_well_formed():
-    for url, sha256, about in chapter2.DOWNLOADS.values():
+    assert not chapter2.DOWNLOADS.keys() & chapter2.CONVERSATIONS.keys()
+    for url, sha256, about in [*chapter2.DOWNLOADS.values(), *chapter2.CONVERSATIONS.values()]:
         assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and "MB" in about or "GB" in about
+
+
+def test_conversations_are_no_text_to_learn_from(tmp_path):
+    with pytest.raises(CourseError, match="06_finetune.py --conversations dolly"):
+        chapter2.main(chapter2.Config(source=["dolly"], out=str(tmp_path)))
 
 
 def test_a_download_and_then_chapter_1(tokenizer, tmp_path):

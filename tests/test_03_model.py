@@ -606,7 +606,7 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CourseError, match="lm_head.weight is missing"):
         GPT.load(tmp_path)
-    with pytest.raises(CourseError, match="04_train.py makes it"):
+    with pytest.raises(CourseError, match="04_train.py or 06_finetune.py makes it"):
         GPT.load(tmp_path / "nowhere")
 
 

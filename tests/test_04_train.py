@@ -540,8 +540,7 @@ train(folder / "stopped", replace(config, steps=10**6), machine=machine, batch=s
     shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     pair = [script(code, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
     ends = [process.communicate(timeout=120) for process in pair]
-    for process, (_, errors) in zip(pair, ends):               # gloo's own threads sometimes abort when Python has ended
-        assert process.returncode == 130 or "terminate called without an active exception" in errors, ends
+    assert [process.returncode for process in pair] == [130, 130], ends
     assert torch.load(tmp_path / "stopped" / "resume.pt", weights_only=True)["step"] == 6
     assert ends[1][0] == "", "only the first process prints"
 
@@ -660,10 +659,10 @@ def test_too_little_held_out_text_fails_before_training(main, monkeypatch):
     (("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"),
     (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"), (("--resume",), "resume.pt"),
     (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
-    (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv does not exist")])
+    (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv not found")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, word):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
-    with pytest.raises(CourseError, match=word) as error:
+    with pytest.raises((CourseError, OSError), match=word) as error:             # `run` prints both as one line
         main(*FLAGS, *flags)
     assert "\n" not in str(error.value)
 

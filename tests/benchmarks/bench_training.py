@@ -77,7 +77,7 @@ def train_baseline(data, shape, rows, seconds):
     return model, step, time.time() - start
 
 
-def train_ours(data, shape, machine, steps, evaluations=0, on_batch=lambda step: None, **changes):
+def train_ours(data, shape, machine, steps, evaluations=0, limit=65536, on_batch=lambda step: None, **changes):
     """Train by chapter 4's loop with the settings of its default preset. Returns (model, log)."""
     recipe = {**chapter4.RECIPES["small"], "eval_every": max(1, steps // evaluations) if evaluations else steps}
     config = chapter4.TrainingConfig(**{**recipe, "steps": steps, **changes})
@@ -90,7 +90,7 @@ def train_ours(data, shape, machine, steps, evaluations=0, on_batch=lambda step:
         return *data.batch(step, rows, shape["context"]), None
 
     def judge(model):
-        loss, bits = chapter4.evaluate(model, machine, data.val, data.bytes_of, 65536 if evaluations else 1)
+        loss, bits = chapter4.evaluate(model, machine, data.val, data.bytes_of, limit if evaluations else 1)
         return loss, bits, ""
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
@@ -177,7 +177,8 @@ def gpu_speed(config, machine, rows, steps):
     torch.cuda.synchronize()
     speed = steps * rows * config.context / (time.time() - start)
     peak = next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-    flops = chapter3.flops_per_token(config, sum(p.numel() for p in model.parameters()))
+    multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "places" not in name)
+    flops = 6 * (multiplied + config.layers * config.heads * config.head_width * config.context)    # a token
     return speed, peak and flops * speed / peak
 
 
