@@ -43,7 +43,7 @@ def curve_of(data, base, settings, seconds, seeds):
     _, usual = pace(train_ours(data, shape, machine, 24, **changes)[1])
     steps, curves, speeds = max(20, round(seconds / usual)), [], []
     for seed in seeds:
-        log = train_ours(data, shape, machine, steps, evaluations=12, limit=32768, seed=seed, **changes)[1]
+        log = train_ours(data, shape, machine, steps, evaluations=8, limit=16384, seed=seed, **changes)[1]
         seen = [row for row in log if np.isfinite(row["val_bits_per_byte"])]
         curves.append([row["val_bits_per_byte"] for row in seen])
         speeds.append(log[0]["tokens"] / pace(log)[1])
@@ -79,7 +79,7 @@ def main():
     data, results, settings = Data(flags.out), {}, FIRST
     for name, change in CHANGES.items():
         settings = {**settings, **change}
-        base = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size}
+        base = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size, "context": 256}
         results[name] = tokens, curves, speed = curve_of(data, base, settings, flags.seconds, flags.seeds)
         print(f"{name}: {curves[:, -1]} after {tokens[-1]:,} tokens, {speed:,.0f} tokens/s", flush=True)
     fewest = min(tokens[-1] for tokens, _, _ in results.values())
