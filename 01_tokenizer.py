@@ -40,11 +40,11 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN; merges never cross its borders
 #   id         the number of a token: 0..255 are the bytes, then merged pairs in order, then specials
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-           r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"   # 's | a word, " the" | up to 3 digits
+           r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")         # | signs, " +=" | line ends | spaces
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, CHAT_START, CHAT_END, *(f"<|spare_{i}|>" for i in range(5)))
+END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"    # special: marks, not text
+SPECIAL_TOKENS = (END_OF_TEXT, CHAT_START, CHAT_END, *(f"<|spare_{i}|>" for i in range(5)))   # spare: for your own
 
 
 # ---- Tools for every chapter: one-line errors, safe files, a command line from a dataclass -------
@@ -111,7 +111,7 @@ NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 
 
 def read_file(path):
-    """Yield a file's documents: the text, cut at END_OF_TEXT lines, or each .jsonl line's "text"; None if not UTF-8."""
+    """Yield a file's documents, cut at END_OF_TEXT or 10,000 lines, or each .jsonl line's "text"; None if not UTF-8."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
             if ".jsonl" in path.suffixes:                      # JSON may hold half a character: it becomes "?"
@@ -136,14 +136,14 @@ def read_source(source, downloads="out/downloads"):
                        if file.name.removesuffix(".gz").endswith(kinds) and file.is_file()
                        and not (name == "python" and NOT_READ & set(file.relative_to(path).parts)))
         if not files:
-            raise CourseError(f"--source {name}: no {'/'.join(kinds)} file; `02_data.py --source {name}` fetches a download")
+            raise CourseError(f"--source {name}: no {'/'.join(kinds)} file there (a download: run 02_data.py first)")
         yield from chain.from_iterable(map(read_file, files))
 
 
 def split_documents(documents):
-    """Yield (split, text): 85% "train", 5% "val", 10% "test", decided by the text's hash alone.
+    """Yield (split, text): 85% "train", 5% "val" to choose by, 10% "test" for the end; the text's hash decides.
 
-    Of fewer than 20 documents, "val" is the last 10% of all characters instead, and there is no "test".
+    Whole, as half a text gives away the rest. Of fewer than 20, "val" is the last 10% of all characters; no "test".
     """
     documents = iter(documents)
     first = list(islice(documents, 20))
@@ -240,7 +240,7 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer, made from `data`, a parsed tokenizer.json. Raises CourseError for what it cannot honour.
+    """A byte-level BPE tokenizer made of `data`, a parsed tokenizer.json. Raises CourseError for what it cannot honour.
 
     tokens: {bytes: id}; special_tokens: {text: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order;
     vocab_size: the highest id + 1; first: the id that this kind wants before a text, or None.
@@ -338,7 +338,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Open a tokenizer.json or its folder: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds. Raises CourseError."""
+        """Open a tokenizer.json or its folder: ours, GPT-2's, the Llama-3, Qwen, SmolLM2 kinds. Raises CourseError."""
         path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         try:
             return cls(read_json(path, "01_tokenizer.py"))

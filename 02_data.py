@@ -277,15 +277,15 @@ class Config:
 
 def choose_tokenizer(config):
     """Return (tokenizer, source): those of the flags, else what chapter 1 left in `out`."""
-    folder, source = Path(config.out) / "tokenizer", config.source or chapter1.Config().source
+    folder, kept = Path(config.out) / "tokenizer", Path(config.out) / "tokenizer" / "source.json"
+    source = config.source or (read_json(kept, "chapter 1") if kept.exists() else vars(chapter1.Config()))["source"]
     if config.tokenizer:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        if END_OF_TEXT not in tokenizer.special_tokens:
+        if END_OF_TEXT not in (tokenizer := Tokenizer.load(config.tokenizer)).special_tokens:
             raise CourseError(f"--tokenizer {config.tokenizer}: it has no token {END_OF_TEXT} to part documents")
         tokenizer.save(folder)                                 # as if chapter 1 had made it
-        write_json(folder / "source.json", {"source": source, "fingerprint": tokenizer.fingerprint()})
+        write_json(kept, {"source": source, "fingerprint": tokenizer.fingerprint()})
     train_one = f"python 01_tokenizer.py --source {' '.join(source)} --out {config.out}"
-    learnt_from = read_json(folder / "source.json", f"`{train_one}`")["source"]
+    learnt_from = read_json(kept, f"`{train_one}`")["source"]
     if config.source not in ([], learnt_from):
         print(f"the tokenizer learnt from {' '.join(learnt_from)}; `{train_one}` would make one for this text")
     return Tokenizer.load(folder), config.source or learnt_from
@@ -295,7 +295,7 @@ def main(config):
     """Clean, split, encode and show."""
     folder, downloads, changed, dropped = Path(config.out) / "data", Path(config.out) / "downloads", {}, Counter()
     for name in CONVERSATIONS.keys() & set(config.source):
-        raise CourseError(f"--source {name} holds conversations, no text: `06_finetune.py --conversations {name}` reads it")
+        raise CourseError(f"--source {name}: conversations, no text: `06_finetune.py --conversations {name}` reads it")
     fetched = sum(download(name, downloads).stat().st_size for name in config.source if name in DOWNLOADS)   # bytes
     tokenizer, source = choose_tokenizer(config)
     if "site-packages" in source:

@@ -1,8 +1,8 @@
 """Chapter 3 · The model: a GPT with attention by hand, able to open GPT-2, Llama and Qwen3 weights.
 
 Tokens go in, and for every position a score comes out for each token that could be next. In between stands a
-stack of equal blocks. In each, attention lets a position gather from those before it what it needs, and the MLP
-lets it think about what it has gathered. Both only add to a running sum, so that a deep stack can be trained.
+stack of equal blocks. In each, attention matches the query of a place with the keys of those before it and gathers
+their values, and the MLP, a small network, thinks about them. Both only add to a running sum, the residual stream x.
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ... -> norm
                                          |                       ^  |                 ^           |
@@ -27,15 +27,15 @@ from torch import nn
 chapter1 = import_module("01_tokenizer")
 CourseError, replacing = chapter1.CourseError, chapter1.replacing
 
-# Legend: B sequences, T positions that ask, S positions looked at (with those in a cache); C, D, F, H, K, V: GPTConfig
+# Legend: B sequences, T places that ask, S places seen (T and the cached); the numbers V, C, H, K, D, F: see GPTConfig
 
 
 @dataclass
 class GPTConfig:
     """The shape of a model. Raises CourseError for values that cannot work together."""
     vocab_size: int = 4096  # V, the ids it knows
-    context: int = 256  # the most tokens it can look at (past it: see `window_start`); more costs memory and time
-    layers: int = 4  # blocks on top of each other: more steps of thought
+    context: int = 256  # the most tokens it can look at; more costs memory and time (longer texts: `window_start`)
+    layers: int = 4  # blocks (attention and MLP) on top of each other: more steps of thought
     heads: int = 4  # H, questions asked at once by a position
     kv_heads: int = 0  # K, heads with keys and values of their own, shared by H / K questions (0: H)
     width: int = 256  # C, numbers by which a token is described: the width of the residual stream
@@ -48,7 +48,7 @@ class GPTConfig:
     qk_norm: bool = True  # normalise queries and keys, which keeps attention from saturating
     tied: bool = True  # use the embedding matrix as the head as well
     dropout: float = 0.0  # share of activations set to zero in training, against overfitting
-    rope_theta: float = 10000.0  # RoPE's slowest wavelength, over 2 pi
+    rope_theta: float = 10000.0  # RoPE's slowest pair turns once in nearly 2 pi times as many places
     norm_eps: float = 1e-6  # keeps the norms from dividing by zero
     attention: str = "auto"  # formula, blocks, fused, or auto: see `attention`
 
@@ -77,8 +77,8 @@ PRESETS = {  # small: 4 million parameters, for two CPU cores; gpu: 12 million; 
 
 # ---- Attention, and where a token stands ---------------------------------------------------------
 def attention_formula(q, k, v, visible):
-    """Attention as defined, for q (B, H, T, D), k and v (B, H, S, D); visible: bool, (T, S) or (B, 1, T, S)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)   # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
+    """Average v by how well q fits k: q (B, H, T, D), k, v (B, H, S, D); visible: bool, (T, S) or (B, 1, T, S)."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)   # -> (B, H, T, S); by sqrt(D), or softmax sees one only
     scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight on the future
     weights = scores.softmax(dim=-1)                           # each row sums to 1
     return weights @ v                                         # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
@@ -170,8 +170,8 @@ class Attention(nn.Module):
 
     def project(self, x, turn):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        q, k, v = (layer(x).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (linear(x).unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if turn is None else (rotate(q, *turn), rotate(k, *turn), v)
 
@@ -212,7 +212,7 @@ class GPT(nn.Module):
         self.lm_head = None if config.tied else nn.Linear(C, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:                 # small, so that all tokens are about equally likely at first,
-                adds = name.endswith(("o_proj.weight", "down_proj.weight"))    # smaller where 2 L terms add up
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))    # smaller where 2 * layers terms add up
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers if adds else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -367,7 +367,7 @@ class Config:
 
 
 def main(config):
-    """Show a model's parts and cost, its first loss, that it does not look ahead, and how RoPE turns distance into phase."""
+    """Show parts and cost; of a copy with 2 layers the first loss, and that it sees no later token; draw RoPE."""
     if config.preset not in PRESETS:
         raise CourseError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}")
     shape = GPTConfig(**PRESETS[config.preset])
@@ -383,9 +383,9 @@ def main(config):
     with torch.no_grad():                                      # the same first half, another second half
         logits, other = model(ids), model(torch.cat((ids[:, :64], ids.flip(0)[:, 64:]), dim=1))    # (B, T, V) each
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    print(f"first loss {loss:.2f}; a guess among {shape.vocab_size:,} tokens costs {math.log(shape.vocab_size):.2f}")
+    print(f"first loss {loss:.2f} (2 layers); a guess among {shape.vocab_size:,} tokens: {math.log(shape.vocab_size):.2f}")
     changed = [(part - before).abs().max().item() for part, before in zip(other.split(64, 1), logits.split(64, 1))]
-    print(f"with another second half, logits change by {changed[0]:.0e} in the first half, {changed[1]:.0e} in the second")
+    print(f"another second half changes logits by {changed[0]:.0e} in the first half, {changed[1]:.0e} in the second")
     cosines = rope_angles(shape, torch.arange(shape.context))[0][:, :shape.head_width // 2]      # (T, D / 2)
     axis = Figure(figsize=(9, 3.5), layout="constrained").add_subplot(
         xlabel="distance", ylabel="cosine", title="RoPE: each pair turns at its own speed; black: their mean")

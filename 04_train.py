@@ -372,7 +372,7 @@ def main(config):
     opened = {split: chapter2.open_tokens(out / "data", split) for split in ("train", "val", "test")}
     texts, meta = {split: tokens for split, (tokens, _) in opened.items()}, opened["train"][1]
     if meta["fingerprint"] != tokenizer.fingerprint():
-        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {config.init or out / 'tokenizer'}")
+        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {config.init or out / 'tokenizer'} --out {out}")
     torch.manual_seed(config.seed)
     model = start_model(config, tokenizer.vocab_size, saved["model_config"] if saved else {}).to(machine.device)
     T, V, R = model.config.context, model.config.vocab_size, max(1, config.batch_tokens // model.config.context)

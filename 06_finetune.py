@@ -89,7 +89,7 @@ def parameters_of(arguments):
 
 def does_something(node):
     """Tell whether a function does more than docstring, pass and ..., and repeats no line three times."""
-    idle = [isinstance(part, ast.Pass) or isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) for part in node.body]
+    idle = [type(part) is ast.Pass or type(part) is ast.Expr and type(part.value) is ast.Constant for part in node.body]
     lines = Counter(line.strip() for line in ast.unparse(node).splitlines() if line.strip())
     return not all(idle) and max(lines.values()) < 3
 
@@ -208,7 +208,7 @@ def read_conversations(path):
         except ValueError as error:                            # not UTF-8, not JSON, or turns_of's own
             wrong.append(f"line {number}: {error}")
     if wrong or not conversations:
-        raise CourseError(f"--conversations {path}: {len(wrong)} bad lines, {len(conversations)} good ones\n  " + "\n  ".join(wrong))
+        raise CourseError("\n  ".join([f"--conversations {path}: {len(wrong)} bad lines, {len(conversations)} good", *wrong]))
     return conversations
 
 
@@ -307,7 +307,7 @@ def show_results(results, tasks, path):
             of = {"ends": "tasks", "parses": "code", "obeys": "tasks", "copied": "tasks"}
             shares = "".join(f"{count[what] / max(1, count[all_of]):8.1%}" for what, all_of in of.items())
             print(f"{f'{name}, {kind}':32}{count['tasks']:7}{shares}")
-            axis.barh(f"{name}, {kind}", 100 * count["obeys"] / count["tasks"], color=("#999999", "#0072b2", "#56b4e9", "#e69f00")[number])
+            axis.barh(f"{name}, {kind}", 100 * count["obeys"] / count["tasks"], color=("#999", "#07b", "#5be", "#e90")[number])
     with chapter1.replacing(path) as temporary:
         axis.figure.savefig(temporary, dpi=110)
 

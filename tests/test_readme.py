@@ -56,6 +56,15 @@ def test_every_linked_file_exists():
             assert (ROOT / target).exists(), target
 
 
+def test_the_messages_in_the_table_of_troubles_are_those_of_the_scripts():
+    code = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("0[1-6]_*.py"))
+    rows = re.findall(r"^\| `([^`]+)` \|", README, re.M)
+    assert len(rows) > 5
+    for message in rows:
+        for part in re.split(r"\.\.\.|--[\w-]+|\b\d+\b|:", message):
+            assert part.strip() in code, (part, message)
+
+
 def test_every_figure_is_shown():
     for figure in (ROOT / ".github" / "figures").glob("*"):
         assert figure.name in README, figure

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from bench_tokenizer import peak_megabytes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,16 +81,6 @@ def encode_peer(name, texts, folder, threads):
         return path
 
     return encode
-
-
-def peak_megabytes():
-    """Return the peak memory of this process and of the largest of its children, in MB; None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None, None
-    unit = 1e6 if sys.platform == "darwin" else 1e3            # bytes there, kilobytes on Linux
-    return tuple(resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def child(kind, name, threads, folder, source, megabytes):
