@@ -1,8 +1,8 @@
 """Chapter 4 · Training: show the model text, and nudge every weight so that it is less surprised.
 
-One step: take a batch, let the model guess each next token, measure its surprise (the loss: minus
-the log of the probability it gave to what really came), compute for every weight in which direction
-the loss falls (the gradient), and move the weights a little that way. Then again, some thousand times.
+One step: take a batch, let the model guess each next token, measure its surprise (the loss, in nats: minus the natural
+log of the probability it gave to what really came; perplexity is e^loss), compute for every weight in which direction
+the loss falls (the gradient), and move it a little that way (the learning rate). Then again, some thousand times.
 
 Run:    python 04_train.py                    picks device, precision and preset, and says why
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
@@ -35,7 +35,7 @@ CourseError, replacing, GPT = chapter1.CourseError, chapter1.replacing, chapter3
 #   R  rows (sequences) of a whole step       T  tokens of a row        V  vocabulary
 #   micro-batch   rows that go through the model at once; a step adds up the gradients of several
 IGNORED = -100  # a target, that is a next token in y, from which nothing is to be learnt
-RECIPES = {  # how each preset of chapter 3 is trained, unless a flag says otherwise
+RECIPES = {  # how the presets of chapter 3 are trained ("124m": all larger ones), unless a flag says otherwise
     "small": dict(steps=2800, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01, eval_every=400),
     "gpu": dict(steps=2500, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=0.02, eval_every=250),
     "124m": dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=0.02, eval_every=250),
@@ -100,7 +100,7 @@ def choose_machine(config):
     compiles = config.compile if config.compile is not None else device.type != "mps"
     if rank == 0:
         print(f"device {device} ({'as asked' if config.device else 'the fastest there is'}), precision {precision} ("
-              f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'it pays'})")
+              f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'default'})")
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
@@ -111,10 +111,10 @@ def choose_machine(config):
 def make_optimizers(model, config):
     """Return {name: optimizer}: Muon for the matrices inside the blocks, AdamW for the rest, or for all.
 
-    A gradient matrix is dominated by a few directions. Muon averages gradients over time (momentum)
-    and then makes the update orthogonal: all directions equally strong, the weak ones included. Five
-    steps of a polynomial iteration (Newton-Schulz) do that with matrix products alone. An embedding is
-    a table of rows, not a map between directions, so it stays with AdamW, as do norms and biases.
+    AdamW averages gradients over time (momentum) and divides each number by its usual size, so that all weights move
+    at a like pace. A gradient matrix, though, is dominated by a few directions: Muon makes the average orthogonal, all
+    directions equally strong, in five steps of matrix products (Newton-Schulz). An embedding is a table of rows, not
+    a map between directions, so it stays with AdamW, as do norms and biases.
     """
     if config.optimizer not in ("muon", "adamw"):
         raise CourseError(f"--optimizer {config.optimizer}: choose muon or adamw")
@@ -138,8 +138,8 @@ class Objective(nn.Sequential):
     """The model together with its loss, so that both are compiled as one: Objective(model)(x, y)."""
 
     def forward(self, x, y, documents=None):
-        """Return the summed loss in nats of targets y (R, T), without the IGNORED ones."""
-        logits = self[0](x, documents).float()                 # (R, T) -> (R, T, V)
+        """Return the summed loss in nats of a micro-batch's targets y (B, T), without the IGNORED ones."""
+        logits = self[0](x, documents).float()                 # (B, T) -> (B, T, V)
         return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
@@ -196,7 +196,7 @@ def save_run(path, run, parts):
 
 
 def take_stock(path, run, parts, judge, keep):
-    """Evaluate the model, keep it for the world if it is the best so far, and save the run."""
+    """Evaluate the model, write its folder anew (`keep`) if it is the best so far, and save the run."""
     loss, bits, remark = judge(parts["model"].eval())
     parts["model"].train()
     print(f"step {run['step']:,}: held-out loss {loss:.3f} (perplexity {math.exp(min(50, loss)):.1f}), {bits:.3f} bits "
@@ -232,8 +232,8 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
     batch(step) -> x, y, documents (None, or as in chapter 3), each (R, T). judge(model) -> held-out loss, bits per
     byte, a remark. keep(model) stores the best. facts: what a resumed run must share; saved: its checkpoint.
     """
-    for name, least in {"steps": 1, "batch_tokens": 1, "micro_batch": 1, "eval_every": 1, "seed": 0}.items():
-        if getattr(config, name) < least:
+    for i, name in enumerate("steps batch_tokens micro_batch eval_every seed stop_at lr matrix_lr weight_decay".split()):
+        if not getattr(config, name) >= (least := int(i < 4)):                   # "not >=", as nan is neither
             raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {least}")
     if saved and saved["facts"] != facts:
         raise CourseError(f"the run began with {saved['facts']}, here is {facts}: bring that back or drop --resume")
@@ -260,9 +260,9 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             torch.manual_seed(int(np.random.default_rng((config.seed, step, machine.rank)).integers(2**32)))
             # 2. Gradients of all micro-batches add up to that of the whole step: each loss is a sum over targets,
             #    divided by the targets of the whole step, not of the micro-batch, which may have fewer.
-            rows = [part for part in batch(step) if part is not None]                    # x, y, ...: (R, T) each
-            targets, nats = int((rows[1] != IGNORED).sum()) or 1, torch.zeros((), device=machine.device)
-            mine = [part[machine.rank::machine.world].to(machine.device).split(config.micro_batch) for part in rows]
+            whole = [tensor for tensor in batch(step) if tensor is not None]             # x, y, ...: (R, T) each
+            targets, nats = int((whole[1] != IGNORED).sum()) or 1, torch.zeros((), device=machine.device)
+            mine = [x[machine.rank::machine.world].to(machine.device).split(config.micro_batch) for x in whole]
             for i, micro_batch in enumerate(zip(*mine), 1):
                 with machine.autocast(), objective.no_sync() if machine.world > 1 and i < len(mine[0]) else nullcontext():
                     loss = objective(*micro_batch)
@@ -272,7 +272,7 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             reasons = torch.tensor([0 < config.patience <= run["worse"], *(n in signals for n in handlers)]).to(nats)
             for tensor in (nats, reasons) if machine.world > 1 else ():
                 distributed.all_reduce(tensor)
-            # 4. Take the scale of fp16 out, then shorten a gradient that is too long.
+            # 4. Take out the factor by which `scaler` keeps fp16's small gradients from becoming 0; shorten long ones.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
@@ -286,7 +286,7 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             scaler.update()
             model.zero_grad(set_to_none=True)
             # 6. Log; now and then evaluate and save.
-            loss, tokens, seconds, run["step"] = nats.item() / targets, rows[0].numel(), time.time() - start, step + 1
+            loss, tokens, seconds, run["step"] = nats.item() / targets, whole[0].numel(), time.time() - start, step + 1
             run["log"].append({"step": step + 1, "tokens": (step + 1) * tokens, "seconds": seconds, "loss": loss,
                                "val_loss": math.nan, "val_bits_per_byte": math.nan, "grad_norm": norm,
                                "clipped": norm > config.clip, "lr_share": share, "tokens_per_second": tokens / seconds})
@@ -344,7 +344,7 @@ def save_folder(model, tokenizer, folder, stops, template=""):
 
 
 def start_model(config, vocab_size, saved_shape):
-    """Return the model of a checkpoint, of --init, or a new one of the preset's shape."""
+    """Return the model of a checkpoint, of --init, or of the preset's shape, with V a multiple of 64 for speed."""
     given = {name: getattr(config, name) for name in ("context", "dropout") if getattr(config, name) is not None}
     if config.init and given:
         raise CourseError(f"--{min(given)} belongs to the model of --init: leave it out")
@@ -368,11 +368,11 @@ def main(config):
         raise CourseError(f"--preset {preset}: choose one of {', '.join(chapter3.PRESETS)}")
     recipe = RECIPES.get(preset, RECIPES["124m"]).items()
     config = replace(config, preset=preset, **{name: value for name, value in recipe if getattr(config, name) is None})
-    tokenizer = chapter1.Tokenizer.load(config.init or out / "tokenizer")
+    tokenizer = chapter1.Tokenizer.load(own := config.init or out / "tokenizer")
     opened = {split: chapter2.open_tokens(out / "data", split) for split in ("train", "val", "test")}
     texts, meta = {split: tokens for split, (tokens, _) in opened.items()}, opened["train"][1]
     if meta["fingerprint"] != tokenizer.fingerprint():
-        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {config.init or out / 'tokenizer'} --out {out}")
+        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {own} --out {out}")
     torch.manual_seed(config.seed)
     model = start_model(config, tokenizer.vocab_size, saved["model_config"] if saved else {}).to(machine.device)
     T, V, R = model.config.context, model.config.vocab_size, max(1, config.batch_tokens // model.config.context)

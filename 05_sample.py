@@ -54,7 +54,7 @@ class Config:
     cache: bool = True  # keep the keys and values of what was read; without, all of it is computed anew each time
     chat: bool = False  # talk: /reset forgets, Ctrl-D ends
     system: str = ""  # instruction at the start of a chat
-    explain: bool = False  # show the five likeliest tokens at each place, and the entropy
+    explain: bool = False  # show the five likeliest tokens at each place, and the entropy (the surprise to expect)
     score: str = ""  # show where this text file surprises the model, and bits per byte
     heatmap: str = ""  # draw the attention over the prompt's tokens to this file
     heatmap_layers: list[int] = field(default_factory=list)  # layers to draw (default: first, middle, last)
@@ -249,15 +249,15 @@ def memorisation(ids, tokens, part=1 << 22):
 
 # ---- Chat ----------------------------------------------------------------------------------------
 def encode_chat(tokenizer, turns):
-    """Return (ids, trained) of a conversation in ChatML; trained marks what the assistant says, end included."""
+    """Return (ids, learnt) of a conversation in ChatML (CHAT_TEMPLATE); learnt marks the assistant's words and end."""
     start, end = tokenizer.special_tokens[CHAT_START], tokenizer.special_tokens[CHAT_END]
-    newline, ids, trained = tokenizer.encode("\n"), [], []
+    newline, ids, learnt = tokenizer.encode("\n"), [], []
     for turn in turns:
         head = [start, *tokenizer.encode(turn["role"] + "\n")]
         said = [*tokenizer.encode(turn["content"].strip()), end]   # plain text: no user can type a special token
         ids += head + said + newline
-        trained += [False] * len(head) + [turn["role"] == "assistant"] * len(said) + [False] * len(newline)
-    return ids, trained
+        learnt += [False] * len(head) + [turn["role"] == "assistant"] * len(said) + [False] * len(newline)
+    return ids, learnt
 
 
 def render_chat(tokenizer, turns):

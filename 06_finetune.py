@@ -1,13 +1,12 @@
 """Chapter 6 · Fine-tuning: from a model that continues text to one that does what it is told.
 
-The base model has only ever continued text. Now it reads conversations, written as one text with marks
-for who speaks (the ChatML template), and learns to write the assistant's part. Only the answers count in
-the loss, and the mark that ends them, so that the model also learns when to stop:
+The base model has only ever continued text. Now it reads conversations, written as one text with marks for who
+speaks (the ChatML template), and learns to write the assistant's part. They are made from Python's own library, so
+that a program can check each answer. Only the answers count in the loss, and the mark that ends them, so that the
+model also learns when to stop:
 
     <|im_start|>user Write the function add(a, b).<|im_end|> <|im_start|>assistant def add(a, b): ...<|im_end|>
     ------------------------- read, but not learnt ------------------------------- ------- learnt ---------
-
-The conversations are made from Python's own library, so that a program can check each answer.
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers (or dolly, alpaca)
@@ -24,7 +23,6 @@ import re
 from collections import Counter, defaultdict, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -39,8 +37,7 @@ CourseError, IGNORED = chapter1.CourseError, chapter4.IGNORED
 
 # Legend
 #   turn       {"role": "user", "content": text}; a conversation is a list of turns
-#   function   as text: name; parameters as written, ("self", "size=-1"); source without docstring and
-#              annotations; purpose, the docstring's first line
+#   function   name; parameters as written, ("self", "size=-1"); bare source; purpose, the docstring's first line
 #   task       (kind, function, conversation): all that a program needs to check another answer
 Function = namedtuple("Function", "name parameters source purpose")
 PHRASINGS = {  # kind: (phrasings that are trained on, phrasings kept for the test); {a|b} is a or b
@@ -62,12 +59,12 @@ PHRASINGS = {  # kind: (phrasings that are trained on, phrasings kept for the te
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, ours or any that chapter 3 opens (default: out/base)
-    steps: int = 1000  # updates of the weights
+    steps: int = 1200  # updates of the weights
     batch_tokens: int = 2048  # tokens of a step, padding included
     micro_batch: int = 8  # rows at once in memory
-    lr: float = 3e-3  # AdamW's learning rate: lower than in chapter 4, as there is less to change
+    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
     matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 250  # steps between evaluations (each also saves)
+    eval_every: int = 300  # steps between evaluations (each also saves)
     conversations: str = ""  # JSON lines of your own, or dolly or alpaca (default: made from Python's library)
     lora_rank: int = 0  # train adapters of this rank instead of all weights; more can change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
@@ -151,7 +148,7 @@ def held_out_tasks(functions, count, phrasing, seed=1):
     """Return tasks on functions of the test split whose (name, parameters) the train split does not have."""
     known = {(function.name, function.parameters) for function in functions["train"]}
     fresh = [function for function in functions["test"] if (function.name, function.parameters) not in known]
-    return make_tasks(random.Random(seed).sample(fresh, min(count, len(fresh))), phrasing, seed)
+    return make_tasks(random.Random(seed).sample(fresh, min(max(0, count), len(fresh))), phrasing, seed)
 
 
 def judge_answer(kind, function, answer):
@@ -192,8 +189,8 @@ def turns_of(data):
     return turns
 
 
-def read_conversations(path):
-    """Return the conversations of JSON lines, or of one JSON list. Raises CourseError naming every bad line."""
+def read_conversations(path, tolerated=0):
+    """Return the conversations of JSON lines or of one JSON list. Raises CourseError naming all bad lines, if many."""
     conversations, wrong = [], []
     try:
         data = Path(path).read_bytes()
@@ -207,7 +204,7 @@ def read_conversations(path):
             wrong.append(f"line {number}: neither messages (role, content) nor instruction and output")
         except ValueError as error:                            # not UTF-8, not JSON, or turns_of's own
             wrong.append(f"line {number}: {error}")
-    if wrong or not conversations:
+    if len(wrong) > tolerated or not conversations:
         raise CourseError("\n  ".join([f"--conversations {path}: {len(wrong)} bad lines, {len(conversations)} good", *wrong]))
     return conversations
 
@@ -325,7 +322,7 @@ def with_chat_tokens(model, tokenizer):
     grown = chapter3.GPT(replace(model.config, vocab_size=max(tokenizer.vocab_size, model.config.vocab_size)))
     for name, tensor in model.state_dict().items():            # a state_dict shares its memory with the model
         grown.state_dict()[name][:len(tensor)] = tensor
-    return grown.to(model.embed_tokens.weight.device), tokenizer
+    return grown.eval().to(model.embed_tokens.weight.device), tokenizer
 
 
 def read_examples(config, functions, names, tokenizer, T):
@@ -334,7 +331,7 @@ def read_examples(config, functions, names, tokenizer, T):
     if path in chapter2.CONVERSATIONS:
         path = chapter2.download(path, Path(config.out) / "downloads", chapter2.CONVERSATIONS)
     made = [task for copy in range(4) for task in make_tasks(functions["train"], 0, config.seed + copy, names if copy else ())]
-    conversations = read_conversations(path) if path else [turns for *_, turns in made]
+    conversations = read_conversations(path, 0 if path == config.conversations else 100) if path else [turns for *_, turns in made]
     examples = [chapter5.encode_chat(tokenizer, turns) for turns in conversations]
     fitting = [example for example in examples if len(example[0]) <= T + 1]      # cut short, they would teach not to end
     print(f"{len(fitting):,} conversations; {len(examples) - len(fitting):,} longer than the context of {T} are left out")
@@ -343,8 +340,8 @@ def read_examples(config, functions, names, tokenizer, T):
     if path:
         return fitting[len(fitting) // 20 + 1:], fitting[:len(fitting) // 20 + 1]
     held_out = [turns for kind, _, turns in make_tasks(functions["val"], 0, 0, names) if kind != "purpose"]
-    for _, answer in held_out:                                 # a body may be anything; its first line is asked for,
-        answer["content"] = answer["content"].split("\n")[0]   # but not how the answer goes on after it
+    for _, answer in held_out:                                 # any body will do: the answer's first line is judged,
+        answer["content"] = answer["content"].split("\n")[0]   # less 3 tokens: one that may join "\n", the mark, "\n"
     encoded = [chapter5.encode_chat(tokenizer, turns) for turns in held_out]
     return fitting, [(ids, learnt[:-3] + [False] * 3) for ids, learnt in encoded if len(ids) <= T + 1]
 
@@ -362,37 +359,40 @@ def main(config):
     """Tune, save, and count obedience before and after."""
     out, folder = Path(config.out), Path(config.out) / "chat"
     saved, config = chapter4.read_checkpoint(folder / "resume.pt", config) if config.resume else (None, config)
-    machine = chapter4.choose_machine(config)
+    machine, (functions, names) = chapter4.choose_machine(config), library_functions()
     torch.manual_seed(config.seed)
     model, tokenizer = with_chat_tokens(*chapter5.open_model(config.init or out / "base", machine.device)[:2])
-    T, special, (functions, names) = model.config.context, tokenizer.special_tokens, library_functions()
-    ends = {special[text] for text in (chapter5.CHAT_END, chapter1.END_OF_TEXT) if text in special}
+    T, model.config.attention = model.config.context, replace(model.config, attention=config.attention).attention
+    ends = {i for text, i in tokenizer.special_tokens.items() if text in (chapter5.CHAT_END, chapter1.END_OF_TEXT)}
     examples, held_out = read_examples(config, functions, names, tokenizer, T)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
     tasks, new_tasks = (held_out_tasks(functions, config.tasks, phrasing) for phrasing in (0, 1))
-    count = partial(count_obeyed, tokenizer=tokenizer, ends=ends, known={function.source for function in functions["train"]})
-    usual = chapter5.Config(temperature=chapter5.CHAT_TEMPERATURE, max_tokens=120)
+    known, settings = {function.source for function in functions["train"]}, chapter5.Config(max_tokens=120)
+    count = lambda model, tasks=tasks, temperature=chapter5.CHAT_TEMPERATURE: count_obeyed(
+        model, tokenizer, tasks, replace(settings, temperature=temperature), ends, known)
     bytes_of = torch.zeros(model.config.vocab_size)
     bytes_of[list(tokenizer.tokens.values())] = torch.tensor([float(len(token)) for token in tokenizer.tokens])
-    text, _ = chapter2.open_tokens(out / "data", "val")        # chapter 4's held-out text
-    remembers = partial(chapter4.evaluate, machine=machine, tokens=text, bytes_of=bytes_of, limit=65536)
-    results, bits = {"before": count(model, tasks=tasks, settings=usual)}, remembers(model)[1]
-    if config.lora_rank:
+    (text, meta), (val, _) = (chapter2.open_tokens(out / "data", split) for split in ("train", "val"))
+    if own := meta["fingerprint"] == tokenizer.fingerprint():  # some of chapter 4's text, so that less is forgotten
+        starts = range(0, len(text) - T, 16 * T)[:len(examples) // 30]
+        examples += [(text[start:start + T + 1].tolist(), [True] * (T + 1)) for start in starts]
+    remembers = lambda model: chapter4.evaluate(model, machine, val, bytes_of, 65536)[1] if own else math.nan
+    results, bits = {"before": count(model)}, remembers(model)
+    if config.lora_rank > 0:
         config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
         add_lora(model, config.lora_rank)
         print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
     batch = packed_batches(examples, max(1, config.batch_tokens // T), T, min(ends), config.seed)
-    judge = partial(judge_rows, machine=machine, rows=pack(held_out, T, min(ends), 0), bytes_of=bytes_of)
+    judge = lambda model, rows=pack(held_out, T, min(ends), 0): judge_rows(model, machine, rows, bytes_of)
     keep = lambda model: chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), chapter5.CHAT_TEMPLATE)
     chapter4.train(model, batch, config, machine, folder, judge, keep, {"tokenizer": tokenizer.fingerprint()}, saved)
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
-        results |= {"after": count(tuned, tasks=tasks, settings=usual),
-                    "after, greedy": count(tuned, tasks=tasks, settings=replace(usual, temperature=0.0)),
-                    "after, new phrasings": count(tuned, tasks=new_tasks, settings=usual)}
+        results |= {"after": count(tuned), "after, greedy": count(tuned, temperature=0.0),
+                    "after, new phrasings": count(tuned, new_tasks)}
         show_results(results, tasks, folder / "before_after.png")
-        print(f"chapter 4's held-out text: {bits:.3f} bits per byte before, {remembers(tuned)[1]:.3f} after")
+        print(f"chapter 4's held-out text: {bits:.3f} bits per byte before, {remembers(tuned):.3f} after")
         print(f"saved {folder}; next: python 05_sample.py --chat")
 
 

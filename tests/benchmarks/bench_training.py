@@ -112,7 +112,7 @@ def compare(data, shape, machine, seconds, rows):
     baseline, early = bits(model, plain), chapter4.evaluate(model, plain, data.val, data.bytes_of, 65536)[1]
     print(f"nanoGPT's settings: {baseline:.3f} bits per byte after {used:.0f} s, {steps:,} steps, "
           f"{steps * rows * shape['context'] / used:,.0f} tokens/s")
-    first, usual = pace(train_ours(data, shape, machine, 12)[1])                           # pays for compiling
+    first, usual = pace(train_ours(data, shape, machine, 60)[1])                           # pays for compiling
     steps = max(2, round((seconds - first) / usual))
     model, log = train_ours(data, shape, machine, steps, evaluations=20)
     clock, passed = first - log[0]["seconds"], None      # what the trial paid for compiling counts
