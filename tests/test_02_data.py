@@ -549,6 +549,9 @@ def test_another_tokenizer_takes_the_place_of_chapter_1s(root, tokenizer, capsys
         assert source["source"] == [str(root / "texts")] and "learnt from" not in capsys.readouterr().out
         tokens, _ = chapter2.open_tokens(out / "data", "train")
         assert tokens.max() < other.vocab_size
+    main(root / "fresh", tokenizer=str(root / "theirs"))       # the text of the run before, not Python's library
+    meta = json.loads((root / "fresh" / "data" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["source"] == [str(root / "texts")]
     main(root / "fresh")                                       # the next run goes on with it
 
 

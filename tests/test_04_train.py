@@ -659,7 +659,8 @@ def test_too_little_held_out_text_fails_before_training(main, monkeypatch):
     (("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"),
     (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"), (("--resume",), "resume.pt"),
     (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
-    (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv not found")])
+    (("--lr", "-1"), "--lr -1"), (("--lr", "nan"), "--lr nan"), (("--stop-at", "-1"), "--stop-at -1"),
+    (("--seed", "-1"), "--seed -1"), (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv not found")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, word):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     with pytest.raises((CourseError, OSError), match=word) as error:             # `run` prints both as one line

@@ -259,6 +259,7 @@ def test_chat_tokens_are_added_to_a_foreign_pair():
     ids = torch.tensor([tokenizer.encode("abcab")])
     assert torch.allclose(grown(ids)[..., :tokenizer.vocab_size], model(ids), atol=1e-6)
     assert with_chat.encode("abcab") == tokenizer.encode("abcab")
+    assert not grown.training                                  # no dropout while instructions are counted
 
 
 # ---- Conversations of one's own
@@ -287,6 +288,7 @@ def test_every_bad_line_is_named(tmp_path):
     for number in range(2, 2 + len(bad)):
         assert f"line {number}:" in str(caught.value)
     assert "line 1:" not in str(caught.value) and f"line {len(bad) + 2}:" not in str(caught.value)
+    assert len(chapter6.read_conversations(path, tolerated=len(bad))) == 2       # as for a published file
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"[", b"{}"])
