@@ -55,7 +55,7 @@ class CourseError(ValueError):
 @contextmanager
 def replacing(path):
     """Yield a temporary path, moved to `path` if the block succeeds: a crash leaves the old file."""
-    temporary = Path(path).with_name(f"{Path(path).stem}.{os.getpid()}.tmp{Path(path).suffix}")
+    temporary = Path(path).with_name(f"{os.getpid()}.tmp.{Path(path).name}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary

@@ -52,7 +52,7 @@ class TrainingConfig:
     matrix_lr: float | None = None  # Muon's learning rate for matrices
     weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
     warmup: int = 20  # steps over which the learning rate rises from zero
-    clip: float = 1.0  # longest gradient that is taken as it is; a longer one is shortened to it
+    clip: float = 1.0  # longest gradient that is taken as it is; a longer one is shortened to it (0: none is)
     seed: int = 1  # of the weights, of the order of the data and of dropout
     eval_every: int | None = None  # steps between evaluations (each also saves)
     patience: int = 0  # stop after so many evaluations without improvement (0: never)
@@ -232,8 +232,8 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
     batch(step) -> x, y, documents (None, or as in chapter 3), each (R, T). judge(model) -> held-out loss, bits per
     byte, a remark. keep(model) stores the best. facts: what a resumed run must share; saved: its checkpoint.
     """
-    for i, name in enumerate("steps batch_tokens micro_batch eval_every seed stop_at lr matrix_lr weight_decay".split()):
-        if not getattr(config, name) >= (least := int(i < 4)):                   # "not >=", as nan is neither
+    for name in "steps batch_tokens micro_batch eval_every seed stop_at lr matrix_lr weight_decay clip".split():
+        if not getattr(config, name) >= (least := int(name in "steps batch_tokens micro_batch eval_every")):
             raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {least}")
     if saved and saved["facts"] != facts:
         raise CourseError(f"the run began with {saved['facts']}, here is {facts}: bring that back or drop --resume")
@@ -275,7 +275,7 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             # 4. Take out the factor by which `scaler` keeps fp16's small gradients from becoming 0; shorten long ones.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf).item()
             # 5. Move the weights, unless the numbers have left their range (with fp16, that mends itself).
             skipped = 0 if math.isfinite(norm) else skipped + 1
             if skipped > (20 if scaler.is_enabled() else 4):
@@ -289,7 +289,7 @@ def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=
             loss, tokens, seconds, run["step"] = nats.item() / targets, whole[0].numel(), time.time() - start, step + 1
             run["log"].append({"step": step + 1, "tokens": (step + 1) * tokens, "seconds": seconds, "loss": loss,
                                "val_loss": math.nan, "val_bits_per_byte": math.nan, "grad_norm": norm,
-                               "clipped": norm > config.clip, "lr_share": share, "tokens_per_second": tokens / seconds})
+                               "clipped": norm > config.clip > 0, "lr_share": share, "tokens_per_second": tokens / seconds})
             if chief and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
                 take_stock(path, run, parts, judge, keep)
             elif chief and (sys.stdout.isatty() or step == first or (step + 1) % 100 == 0):
@@ -386,7 +386,7 @@ def main(config):
     judge = lambda model: (*evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens),
                            repr(tokenizer.decode(sample(model, texts["val"][:8].tolist(), 24, vocab=tokenizer.vocab_size))))
     keep = lambda model: save_folder(model, tokenizer, folder, [tokenizer.special_tokens[chapter1.END_OF_TEXT]])
-    facts = {"tokenizer": tokenizer.fingerprint(), "data": meta["splits"]["train"]}
+    facts = {"tokenizer": tokenizer.fingerprint(), "data": meta["splits"]}
     train(model, batch, config, machine, folder, judge, keep, facts, saved)
     if machine.rank > 0:
         return

@@ -161,7 +161,7 @@ def judge_answer(kind, function, answer):
     if kind == "parameters":
         return None, answer.strip() == (", ".join(function.parameters) or "none")
     if kind == "purpose":
-        return None, "\n" not in answer.strip() and bool(words(answer) & words(function.purpose + function.source))
+        return None, "\n" not in answer.strip() and bool(words(answer) & words(" ".join(function[2:])))
     try:
         nodes = ast.parse(answer).body
     except (SyntaxError, ValueError, RecursionError):
@@ -174,10 +174,10 @@ def judge_answer(kind, function, answer):
 def turns_of(data):
     """Return the turns of one JSON object, with messages or with instruction and output. Raises ValueError."""
     if "messages" in data:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in data["messages"]]
+        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in data["messages"]]
     else:
         context = data.get("input") or data.get("context") or ""
-        turns = [{"role": "user", "content": f"{data['instruction']}\n\n{context}".strip()},
+        turns = [{"role": "user", "content": f"{data['instruction'].strip()}\n\n{context}".strip()},
                  {"role": "assistant", "content": data["output"] if "output" in data else data["response"]}]
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     for number, turn in enumerate(spoken):
@@ -351,7 +351,6 @@ def judge_rows(model, machine, rows, bytes_of):
     objective, learnt = chapter4.Objective(model).eval(), rows[:, 1][rows[:, 1] != IGNORED]
     with torch.no_grad(), machine.autocast():
         nats = sum(objective(*part.unbind(1)).item() for part in rows.to(machine.device).split(8))
-    model.train()
     return nats / len(learnt), nats / math.log(2) / bytes_of[learnt].sum().item(), ""
 
 
@@ -386,7 +385,8 @@ def main(config):
     batch = packed_batches(examples, max(1, config.batch_tokens // T), T, min(ends), config.seed)
     judge = lambda model, rows=pack(held_out, T, min(ends), 0): judge_rows(model, machine, rows, bytes_of)
     keep = lambda model: chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), chapter5.CHAT_TEMPLATE)
-    chapter4.train(model, batch, config, machine, folder, judge, keep, {"tokenizer": tokenizer.fingerprint()}, saved)
+    facts = {"tokenizer": tokenizer.fingerprint(), "sum of all ids": sum(sum(ids) for ids, _ in examples + held_out)}
+    chapter4.train(model, batch, config, machine, folder, judge, keep, facts, saved)
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
         results |= {"after": count(tuned), "after, greedy": count(tuned, temperature=0.0),

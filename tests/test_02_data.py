@@ -179,7 +179,7 @@ def test_a_download_replaces_nothing_that_was_put_there_by_hand(tmp_path):
 def test_the_table_of_downloads_is_well_formed():
     assert not chapter2.DOWNLOADS.keys() & chapter2.CONVERSATIONS.keys()
     for url, sha256, about in [*chapter2.DOWNLOADS.values(), *chapter2.CONVERSATIONS.values()]:
-        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and "MB" in about or "GB" in about
+        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and ("MB" in about or "GB" in about)
 
 
 def test_conversations_are_no_text_to_learn_from(tmp_path):

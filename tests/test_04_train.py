@@ -496,6 +496,20 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, capsys, number, status):
     assert same(whole.state_dict(), parts.state_dict()) and untimed(log) == untimed(whole_log)
 
 
+def test_clip_0_takes_gradients_as_they_are(tmp_path):
+    assert same(*(train(tmp_path, replace(SETTINGS, clip=clip))[0].state_dict() for clip in (0.0, 1e9)))
+
+
+def test_fp16_lowers_its_scale_and_goes_on(tmp_path, monkeypatch):
+    spoil(monkeypatch, range(7))                               # more in a row than fp32 puts up with
+    machine = Scaled(torch.device("cpu"), "fp16", False)
+    model, log = train(tmp_path, machine=machine, judge=lambda model: (1.0, 1.0, ""))
+    assert [math.isfinite(row["grad_norm"]) for row in log][:8] == [False] * 7 + [True]
+    saved = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert saved["scaler"]["scale"] == 2**16 / 2**7
+    assert not same(model_of().state_dict(), model.state_dict()) and all(p.isfinite().all() for p in model.parameters())
+
+
 def test_patience_stops_and_the_best_is_kept(tmp_path):
     losses, kept = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
     config = replace(SETTINGS, steps=40, patience=2)
@@ -660,7 +674,7 @@ def test_too_little_held_out_text_fails_before_training(main, monkeypatch):
     (("--precision", "fp8"), "choose fp32"), (("--precision", "fp16"), "CUDA"), (("--resume",), "resume.pt"),
     (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
     (("--lr", "-1"), "--lr -1"), (("--lr", "nan"), "--lr nan"), (("--stop-at", "-1"), "--stop-at -1"),
-    (("--seed", "-1"), "--seed -1"), (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv not found")])
+    (("--seed", "-1"), "--seed -1"), (("--clip", "-1"), "--clip -1"), (("--clip", "nan"), "--clip nan"), (("--attention", "flash"), "attention must be"), (("--compare", "nowhere"), "log.csv not found")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, word):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     with pytest.raises((CourseError, OSError), match=word) as error:             # `run` prints both as one line

@@ -1,5 +1,4 @@
 """Chapter 5: filters, generation, streaming, looking inside, chat, bad input. Tiny models, one core, no network."""
-import doctest
 import io
 import json
 import math
@@ -494,8 +493,4 @@ def test_ctrl_c_and_a_closed_pipe(folders, tmp_path):
     writing = subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writing.stdout.read(50)
     writing.stdout.close()
-    assert b"Traceback" not in writing.stderr.read() and writing.wait(timeout=20) is not None
-
-
-def test_doctests_of_what_is_used():
-    assert doctest.testmod(chapter5).failed == 0
+    assert b"Traceback" not in writing.stderr.read() and writing.wait(timeout=20) == 0

@@ -71,6 +71,7 @@ def test_judge_other_kinds():
     assert chapter6.judge_answer("purpose", asked, "Gives the total of two numbers.") == (None, True)
     assert chapter6.judge_answer("purpose", asked, "Opens a file.") == (None, False)
     assert chapter6.judge_answer("purpose", asked, "the total\nthe total") == (None, False)
+    assert chapter6.judge_answer("purpose", function(ADD, "Sum the total"), "the total") == (None, True)
 
 
 # ---- Conversations from the library
@@ -281,7 +282,8 @@ def test_every_bad_line_is_named(tmp_path):
     good = b'{"instruction": "q", "output": "a"}'
     bad = [b'{"instruction": "q", "output": ""}', b'not json', b'\xff\xfe', b'{"messages": [{"role": "robot", "content": "x"}]}',
            b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', b'[1, 2]', b'{"instruction": "q"}',
-           b'{"messages": [{"role": "user", "content": "x"}]}', b'{"messages": []}']
+           b'{"messages": [{"role": "user", "content": "x"}]}', b'{"messages": []}', b'{"instruction": null, "output": "a"}',
+           b'{"messages": [{"role": "system", "content": null}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}']
     path.write_bytes(b"\n".join([good, *bad, good]))
     with pytest.raises(chapter1.CourseError) as caught:
         chapter6.read_conversations(path)
@@ -297,6 +299,73 @@ def test_a_file_without_conversations_is_one_clear_error(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(chapter1.CourseError):
         chapter6.read_conversations(path)
+
+
+def test_own_conversations_are_parted_and_long_ones_left_out(tokenizer, tmp_path, capsys):
+    rows = [{"instruction": f"q{n}", "output": f"answer {n}"} for n in range(40)] + [{"instruction": "q", "output": "long " * 100}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = chapter6.Config(conversations=str(tmp_path / "mine.jsonl"), out=str(tmp_path))
+    learn, held = chapter6.read_examples(config, {"train": [], "val": []}, [], tokenizer, 64)
+    texts = [{tokenizer.decode(ids) for ids, _ in part} for part in (learn, held)]
+    assert [len(part) for part in texts] == [37, 3] and not texts[0] & texts[1]
+    assert "1 longer than the context of 64" in capsys.readouterr().out
+
+
+# ---- What is reported, and what is kept
+
+def test_obedience_is_counted_by_kind(tokenizer, monkeypatch):
+    end, said = tokenizer.special_tokens["<|im_end|>"], [ADD, ADD, "x = 1", "a, b=1"]      # the second never ends
+    tasks = [(kind, function(ADD), [{"role": "user", "content": f"task {n}" + "x" * (n % 2)}])
+             for n, kind in enumerate(("write", "write", "write", "parameters"))]
+
+    def scripted(model, prompts, settings, ends, vocab):
+        numbers = [int(tokenizer.decode(prompt).split("task ")[1][0]) for prompt in prompts]
+        written = [tokenizer.encode(said[n]) + [end] * (n != 1) for n in numbers]
+        for step in range(max(map(len, written))):
+            yield {i: (ids[step], None) for i, ids in enumerate(written) if step < len(ids)}
+
+    monkeypatch.setattr(chapter5, "generate", scripted)
+    counts, answers = chapter6.count_obeyed(None, tokenizer, tasks, None, {end}, {ADD})
+    assert answers == said
+    assert dict(counts["write"]) == dict(tasks=3, ends=2, code=3, parses=3, obeys=1, copied=2)
+    assert dict(counts["parameters"]) == dict(tasks=1, ends=1, code=0, parses=0, obeys=1, copied=0)
+    assert dict(counts["all"]) == dict(tasks=4, ends=3, code=3, parses=3, obeys=2, copied=2)
+
+
+def test_held_out_loss_by_its_definition(tokenizer):
+    rows, model = chapter6.pack(examples(tokenizer, 30), 100, 0, 0), tiny_model(tokenizer.vocab_size, context=100).eval()
+    bytes_of, learnt = torch.arange(tokenizer.vocab_size) % 7 + 1.0, rows[:, 1] != chapter6.IGNORED
+    with torch.no_grad():
+        log_p = model(rows[:, 0], rows[:, 2]).log_softmax(-1)[learnt]
+    nats = -log_p.gather(1, rows[:, 1][learnt][:, None]).sum().item()
+    machine = chapter4.Machine(torch.device("cpu"), "fp32", False)
+    loss, bits, _ = chapter6.judge_rows(model, machine, rows, bytes_of)
+    assert loss == pytest.approx(nats / int(learnt.sum()), rel=1e-4)
+    assert bits == pytest.approx(nats / 0.6931472 / bytes_of[rows[:, 1][learnt]].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_tuning_stopped_and_resumed_equals_unbroken(tokenizer, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: None)
+
+    def tuned(folder, saved=None, **more):
+        model = tiny_model(tokenizer.vocab_size)
+        if rank:
+            chapter6.add_lora(model, rank)
+        config = chapter6.Config(steps=4, micro_batch=2, eval_every=2, optimizer="adamw" if rank else "muon", **more)
+        chapter4.train(model, chapter6.packed_batches(examples(tokenizer, 30), 2, 64, 0, 1), config,
+                       chapter4.Machine(torch.device("cpu"), "fp32", False), tmp_path / folder,
+                       lambda model: (1.0, 1.0, ""), chapter6.merge_lora, None, saved)
+        return chapter6.merge_lora(model).state_dict()
+
+    whole = tuned("whole")
+    with pytest.raises(SystemExit):
+        tuned("parts", stop_at=3)
+    parts = tuned("parts", torch.load(tmp_path / "parts" / "resume.pt", weights_only=True))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    before = tiny_model(tokenizer.vocab_size).state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, whole[name])}
+    assert changed and (not rank or all("_proj" in name for name in changed))    # adapters touch linear layers only
 
 
 def test_flags_are_those_of_chapter_4_and_more():
