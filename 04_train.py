@@ -147,7 +147,7 @@ def evaluate(model, machine, tokens, bytes_of, limit, rows=8):
     """Return (nats per token, bits per byte) of the first `limit` tokens; bytes_of (V,): how long each token is."""
     T, objective, nats = model.config.context, Objective(model).eval(), 0.0
     if len(tokens) <= T:
-        raise CourseError(f"{len(tokens):,} held-out tokens are too few for a context of {T:,}: use more text")
+        raise CourseError(f"{len(tokens):,} held-out tokens, too few for a context of {T:,}: add text, or join its files")
     count = min(len(tokens) - 1, max(T, limit)) // T * T
     ids = torch.from_numpy(tokens[:count + 1].astype(np.int64))
     with torch.no_grad(), machine.autocast():

@@ -591,7 +591,7 @@ def test_evaluation_ignores_dropout_and_refuses_too_little_text():
     tokens, bytes_of = np.arange(40).astype(np.uint16), torch.ones(320)
     model = model_of(dropout=0.5).train()
     assert chapter4.evaluate(model, CPU, tokens, bytes_of, 100) == chapter4.evaluate(model, CPU, tokens, bytes_of, 100)
-    with pytest.raises(CourseError, match="16 held-out tokens are too few for a context of 16"):
+    with pytest.raises(CourseError, match="16 held-out tokens, too few for a context of 16"):
         chapter4.evaluate(model, CPU, tokens[:16], bytes_of, 100)
     chapter4.evaluate(model, CPU, tokens[:17], bytes_of, 100)
 
