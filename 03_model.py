@@ -36,7 +36,7 @@ class GPTConfig:
     vocab_size: int = 4096  # V, the ids it knows
     context: int = 256  # the most tokens it can look at; more costs memory and time (longer texts: `window_start`)
     layers: int = 4  # blocks (attention and MLP) on top of each other: more steps of thought
-    heads: int = 4  # H, questions asked at once by a position
+    heads: int = 4  # H, questions asked at once by a place
     kv_heads: int = 0  # K, heads with keys and values of their own, shared by H / K questions (0: H)
     width: int = 256  # C, numbers by which a token is described: the width of the residual stream
     head_width: int = 0  # D, numbers in one question (0: C / H)
@@ -78,7 +78,7 @@ PRESETS = {  # small: 4 million parameters, for two CPU cores; gpu: 12 million; 
 # ---- Attention, and where a token stands ---------------------------------------------------------
 def attention_formula(q, k, v, visible):
     """Average v by how well q fits k: q (B, H, T, D), k, v (B, H, S, D); visible: bool, (T, S) or (B, 1, T, S)."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)   # -> (B, H, T, S); by sqrt(D), or softmax sees one only
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)   # -> (B, H, T, S); over sqrt(D): large scores have one winner
     scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight on the future
     weights = scores.softmax(dim=-1)                           # each row sums to 1
     return weights @ v                                         # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
@@ -87,7 +87,7 @@ def attention_formula(q, k, v, visible):
 def attention(q, k, v, kind="auto", documents=None, block=128):
     """Causal attention of queries q (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D).
 
-    The T queries stand at the last T of the S positions. With `documents` (B, S), a number per text,
+    The T queries stand at the last T of the S places. With `documents` (B, S), a number per text,
     each sees its own text only. kind:
       formula  the definition: half of what it computes is masked away again
       blocks   the definition for `block` queries at a time, each against only the keys they may see

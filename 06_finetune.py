@@ -1,9 +1,9 @@
 """Chapter 6 · Fine-tuning: from a model that continues text to one that does what it is told.
 
-The base model has only ever continued text. Now it reads conversations, written as one text with marks for who
-speaks (the ChatML template), and learns to write the assistant's part. They are made from Python's own library, so
-that a program can check each answer. Only the answers count in the loss, and the mark that ends them, so that the
-model also learns when to stop:
+The base model has only ever continued text. Now it reads conversations, written as one text with marks for who speaks
+(the ChatML template), and a little of chapter 4's text, so that less is forgotten. The conversations are made from
+Python's own library: a program can check each answer. In them only the answers count in the loss, and the mark that
+ends each, so that the model also learns when to stop:
 
     <|im_start|>user Write the function add(a, b).<|im_end|> <|im_start|>assistant def add(a, b): ...<|im_end|>
     ------------------------- read, but not learnt ------------------------------- ------- learnt ---------
