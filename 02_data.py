@@ -241,6 +241,11 @@ def get_batch(tokens, step, B, T, seed=0):
     return rows[:, :-1], rows[:, 1:]                                                       # (B, T) each
 
 
+def token_sizes(tokenizer, V):
+    """Return how many bytes of text each id below V stands for, (V,); 0 for special tokens and ids that only pad."""
+    return np.bincount([*tokenizer.tokens.values()], [*map(len, tokenizer.tokens)], V)
+
+
 # ---- The script ----------------------------------------------------------------------------------
 def draw_statistics(tokens, tokenizer, path):
     """Draw document lengths, token frequencies beside Zipf's law, and what each merge is worth."""

@@ -376,8 +376,7 @@ def main(config):
     torch.manual_seed(config.seed)
     model = start_model(config, tokenizer.vocab_size, saved["model_config"] if saved else {}).to(machine.device)
     T, V, R = model.config.context, model.config.vocab_size, max(1, config.batch_tokens // model.config.context)
-    lengths = {i: len(token) for token, i in tokenizer.tokens.items()}
-    bytes_of = torch.tensor([lengths.get(i, 0) for i in range(V)])
+    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, V))
     if machine.rank == 0:
         loss, _ = evaluate(model, machine, texts["val"], bytes_of, T)                         # fails early, if it does
         print(f"preset {preset}, {sum(p.numel() for p in model.parameters()):,} parameters; {config.steps:,} steps of "

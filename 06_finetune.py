@@ -370,8 +370,7 @@ def main(config):
     known, settings = {function.source for function in functions["train"]}, chapter5.Config(max_tokens=120)
     count = lambda model, tasks=tasks, temperature=chapter5.CHAT_TEMPERATURE: count_obeyed(
         model, tokenizer, tasks, replace(settings, temperature=temperature), ends, known)
-    bytes_of = torch.zeros(model.config.vocab_size)
-    bytes_of[list(tokenizer.tokens.values())] = torch.tensor([float(len(token)) for token in tokenizer.tokens])
+    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
     (text, meta), (val, _) = (chapter2.open_tokens(out / "data", split) for split in ("train", "val"))
     if own := meta["fingerprint"] == tokenizer.fingerprint():  # some of chapter 4's text, so that less is forgotten
         starts = range(0, len(text) - T, 16 * T)[:len(examples) // 30]

@@ -482,6 +482,13 @@ def test_a_split_of_one_block_is_enough_and_one_less_is_an_error():
             chapter2.get_batch(tokens, 0, 3, 10)
 
 
+def test_sizes_of_tokens_add_up_to_the_text(tokenizer):
+    text, end = make_texts(1)[0], tokenizer.special_tokens[END_OF_TEXT]
+    sizes = chapter2.token_sizes(tokenizer, tokenizer.vocab_size + 9)
+    assert sizes.shape == (tokenizer.vocab_size + 9,) and sizes[end] == 0 == sizes[-9:].sum()
+    assert sizes[tokenizer.encode(text) + [end]].sum() == len(text.encode())
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 def main(root, *source, **settings):

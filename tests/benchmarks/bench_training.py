@@ -46,9 +46,7 @@ class Data:
         self.train, _ = chapter2.open_tokens(out / "data", "train")
         self.val, _ = chapter2.open_tokens(out / "data", "val")
         self.vocab_size = -(-tokenizer.vocab_size // 64) * 64
-        special = set(tokenizer.special_tokens.values())
-        self.bytes_of = torch.tensor([0 if i in special else len(tokenizer.bytes_of.get(i, b""))
-                                      for i in range(self.vocab_size)])
+        self.bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, self.vocab_size))
 
     def batch(self, step, rows, context):
         """Return x and y, each (rows, context)."""
