@@ -1,8 +1,9 @@
 """Chapter 1 · Text to tokens: a byte-level BPE tokenizer, trained from scratch.
 
-A language model reads numbers. The plainest are the bytes of a text, but a page is thousands of them and
-the model pays for each. Byte-pair encoding (BPE) makes the row shorter: give the pair of neighbours that
-occurs most often a number of its own, and repeat. Nothing is unknown, since every byte is a token too.
+A language model reads numbers. The plainest are the bytes of a text, but a page is thousands of
+them, and the model pays for each. Byte-pair encoding (BPE) makes the sequence shorter: give the
+pair of neighbours that occurs most often a number of its own, and repeat. Nothing is ever unknown,
+since every byte is a token too.
 
     l o w   l o w e r   l o w e s t      14 tokens; the pair (l, o) occurs 3 times
     lo w    lo w e r    lo w e s t       11 tokens; the pair (lo, w) occurs 3 times
@@ -10,17 +11,17 @@ occurs most often a number of its own, and repeat. Nothing is unknown, since eve
 
 Run:    python 01_tokenizer.py                      learns from the source of Python's own library
         python 01_tokenizer.py --source my_notes/   or from your own files, folders, globs
-Gives:  the first merges, a sample in tokens, bytes per token; out/tokenizer/, which AutoTokenizer opens too.
-Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (bytes; GPT-2), Hugging Face (file format).
+Prints: the first merges, a sample in tokens, bytes per token. Writes: out/tokenizer/
+Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (bytes; GPT-2), Hugging Face (file format)
 """
 import argparse
 import glob
-import gzip
 import hashlib
 import heapq
 import inspect
 import json
 import os
+import shlex
 import sys
 import sysconfig
 import unicodedata
@@ -29,32 +30,423 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import chain, groupby, islice
-from multiprocessing.pool import Pool, ThreadPool
+from itertools import chain, cycle, groupby, islice
 from operator import add
 from pathlib import Path
+from typing import get_args
 
 import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 
 # Legend
 #   document   one text: a Python module, a story, a line of a .jsonl file
-#   chunk      a word-like piece of a document, cut out by PATTERN; merges never cross its borders
-#   id         the number of a token: 0..255 are the bytes, then merged pairs in order, then specials
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"   # 's | a word, " the" | up to 3 digits
-           r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")         # | signs, " +=" | line ends | spaces
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-END_OF_TEXT, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"    # special: marks, not text
-SPECIAL_TOKENS = (END_OF_TEXT, CHAT_START, CHAT_END, *(f"<|spare_{i}|>" for i in range(5)))   # spare: for your own
+#   chunk      a word-like piece of a document, cut out by PATTERN
+#   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
+# CourseError, run, read_json, write_json and replacing are tools: they stand at the file's end.
+
+# Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
+# "dog?" would each take a place in the vocabulary, and the model would learn "dog" three times.
+# \p{L} is a letter, \p{N} a digit, \s white space; ?+ and ++ are ? and + that never give back.
+PATTERN = "|".join([                # GPT-4's pattern, but for a few details
+    r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
+    r"[^\r\n\p{L}\p{N}]?+\p{L}+",   # a word, with one space or sign before it: " the", "_name"
+    r"\p{N}{1,3}",                  # up to three digits: 2026 is "202", "6"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs: " +=", or "):" with the line end after it
+    r"\s*[\r\n]",                   # line ends, with the spaces before them
+    r"\s+(?!\S)|\s+",               # spaces; before a word, the last one is left to it
+])
+END_OF_TEXT = "<|endoftext|>"       # special tokens are marks between texts and never text:
+CHAT_START = "<|im_start|>"         # whoever types "<|im_start|>" gets 12 ordinary characters
+CHAT_END = "<|im_end|>"
+SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
 
-# ---- Tools for every chapter: one-line errors, safe files, a command line from a dataclass -------
+# ---- Training, by its definition -----------------------------------------------------------------
+def merge(ids, pair, new):
+    """Return `ids` with each `pair` of neighbours replaced by `new`, from left to right.
+
+    >>> merge([97, 97, 97, 98], (97, 97), 256)
+    [256, 97, 98]
+    """
+    merged = []
+    for i in ids:
+        merged.append(i)
+        if tuple(merged[-2:]) == pair:
+            merged[-2:] = [new]
+    return merged
+
+
+def learn_merges_naive(chunks, how_many):
+    """Count all pairs, merge the commonest, repeat. Return the merged pairs of ids, in order.
+
+    chunks: {chunk: how often it occurs}. Of pairs equally common, the one of the lowest ids wins:
+    without such a rule, two runs on the same text could make two tokenizers.
+
+    >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
+    [(108, 111), (256, 119)]
+    """
+    merges = []
+    words = {chunk: list(chunk.encode()) for chunk in chunks}
+    while len(merges) < how_many:
+        counts = Counter()
+        for chunk, ids in words.items():
+            for pair in zip(ids, ids[1:]):
+                counts[pair] += chunks[chunk]
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        new = 256 + len(merges)
+        for chunk, ids in words.items():
+            words[chunk] = merge(ids, best, new)
+        merges.append(best)
+    return merges
+
+
+# ---- Training, for real: the same merges, thousands of times sooner ------------------------------
+# A merge changes only the pairs beside it. So all chunks are laid side by side with a GAP between
+# them, pairs are counted once, and for each pair its positions are kept: a merge visits those and
+# corrects the counts there. Tokens never move: a long one's id stands at its first and last byte.
+#     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
+#     ids             GAP    l    o    w    e  GAP          (GAP, l), (l, o), (o, w) occur once less
+#     after (l, o)    GAP   lo   lo    w    e  GAP          (GAP, lo), (lo, w) once more
+#     after (lo, w)   GAP  low  GAP  low    e  GAP          the middle is not looked at again
+GAP = -1
+
+
+def pop_commonest(queue, counts):
+    """Return the commonest pair, or None, from a heap of (-count, pair), the smallest on top."""
+    while queue:
+        count, pair = queue[0]
+        if counts[pair] == -count:
+            heapq.heappop(queue)
+            return pair if count < 0 else None
+        heapq.heapreplace(queue, (-counts[pair], pair))    # its count fell since: queue it anew
+    return None
+
+
+def learn_merges(chunks, how_many):
+    """Return what learn_merges_naive returns."""
+    # 1. All chunks in a sequence. times[i]: how often the chunk at position i occurs in the text.
+    ids, times = [GAP], [0]
+    for chunk, n in chunks.items():
+        ids += [*chunk.encode(), GAP]
+        times += [n] * (len(chunk.encode()) + 1)
+
+    # 2. Count the pairs once, and note where they stand.
+    counts = Counter()                           # {pair: how often it occurs now}
+    changes = Counter()                          # {pair: what is still to be added to counts}
+    positions = defaultdict(lambda: array("i"))  # {pair: where it stands, or once stood}
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        changes[pair] += times[i]
+        positions[pair].append(i)
+
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
+    queue, merges = [], []
+    while len(merges) < how_many:
+        # 3. Choose the commonest pair.
+        for pair, change in changes.items():
+            counts[pair] += change
+            if change > 0 and GAP not in pair:
+                heapq.heappush(queue, (-counts[pair], pair))
+        best = pop_commonest(queue, counts)
+        if best is None:
+            break
+        left, right = best
+        new = 256 + len(merges)
+        merges.append(best)
+        size[new] = size[left] + size[right]
+
+        # 4. Merge it wherever it stands; only the pairs beside it change.
+        changes = Counter()
+        for i in positions.pop(best):
+            middle = i + size[left]              # where the right one begins
+            end = i + size[new]                  # where the next token begins
+            if ids[i] != left or ids[middle] != right:
+                continue                         # in "aaa", the first two were merged just before
+            ids[middle - 1] = ids[middle] = GAP
+            ids[i] = ids[end - 1] = new
+            before, after, n = ids[i - 1], ids[end], times[i]
+            changes[before, left] -= n
+            changes[right, after] -= n
+            changes[before, new] += n
+            changes[new, after] += n
+            positions[before, new].append(i - size[before])
+            positions[new, after].append(i)
+    return merges
+
+
+# ---- The tokenizer: text to ids and back ---------------------------------------------------------
+class Tokenizer:
+    """Text to ids and back, by merges.
+
+    tokens: {bytes: id}; merges: [(bytes, bytes)] in order; special_tokens: {text: id}; patterns:
+    regular expressions that cut a text, mostly one; data: what tokenizer.json holds (see Tools).
+    """
+    def __init__(self, tokens, merges, special_tokens, patterns, data):
+        self.tokens = tokens
+        self.merges = merges
+        self.special_tokens = special_tokens
+        self.data = data
+        self.end = next((text for text in special_tokens if "end" in text), None)  # of a document
+        self.first = read_first(data, special_tokens)      # an id wanted before each text, or None
+        self.bytes_of = {i: token for token, i in tokens.items()}
+        for text, i in special_tokens.items():
+            self.bytes_of[i] = text.encode()
+        self.vocab_size = max(self.bytes_of) + 1
+
+        # What a pattern leaves between its matches is a chunk too.
+        self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in patterns]
+        # For speed a chunk is held as a string with one character, chr(id), for each token: a merge
+        # is then str.replace, and Python's own C code does the work.
+        char = {token: chr(i) for token, i in tokens.items()}
+        self._char_of_byte = {token[0]: char[token] for token in char if len(token) == 1}
+        self._merged = {char[a] + char[b]: char[a + b] for a, b in merges}
+        self._rank = {pair: rank for rank, pair in enumerate(self._merged)}
+        self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks come back
+
+    def _encode_chunk(self, chunk):
+        """Return the ids of one chunk: apply the merges in the order in which they were learnt."""
+        data = chunk.encode("utf-8", "replace")
+        if self.data["model"].get("ignore_merges") and data in self.tokens:      # Llama 3
+            return [self.tokens[data]]
+        text = "".join([self._char_of_byte[byte] for byte in data])
+        if len(text) > 1000:                     # rare: all merges, one by one
+            for pair, merged in self._merged.items():
+                text = text.replace(pair, merged)
+        # The same, but only the merges whose pairs are there: of those, always the first.
+        while pairs := self._merged.keys() & set(map(add, text, text[1:])):
+            first = min(pairs, key=self._rank.get)
+            text = text.replace(first, self._merged[first])
+        return list(map(ord, text))
+
+    def encode(self, text):
+        """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
+        if self.data.get("normalizer"):                    # Qwen: "e" + "´" becomes "é"
+            text = unicodedata.normalize("NFC", text)
+        chunks = [text]
+        for cut in self._cuts:
+            chunks = chain.from_iterable(map(cut.findall, chunks))
+        return list(chain.from_iterable(map(self._ids_of, chunks)))
+
+    def decode_bytes(self, ids):
+        """Return the bytes that `ids` stand for."""
+        return b"".join([self.bytes_of[i] for i in ids])
+
+    def decode(self, ids):
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD, a question mark."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def fingerprint(self):
+        """Return 16 hex digits that change when anything about the tokenizer does."""
+        return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
+        write_json(Path(folder) / "tokenizer.json", self.data)
+        write_json(Path(folder) / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "bos_token": self.end, "eos_token": self.end, "pad_token": self.end})
+
+    @classmethod
+    def load(cls, folder):
+        """Open a folder's tokenizer.json: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds."""
+        path = Path(folder) / "tokenizer.json"
+        data = read_json(path, "01_tokenizer.py")
+        try:
+            return cls(*read_tokenizer(data))
+        except (LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
+            raise CourseError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+
+
+def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
+    """Train a Tokenizer of `vocab_size` tokens in all; fewer where the text runs out of pairs."""
+    least = 256 + len(special_tokens)
+    if vocab_size <= least:
+        raise CourseError(f"--vocab-size {vocab_size}: bytes and special tokens alone are {least}")
+    chunks = Counter()
+    for text in documents:
+        chunks.update(regex.findall(pattern, text))
+    pairs = learn_merges(chunks, vocab_size - least)
+    if not pairs:
+        raise CourseError("the text has no two bytes to merge")
+    return Tokenizer(*read_tokenizer(tokenizer_json(pairs, pattern, special_tokens)))
+
+
+# ---- Where text comes from, and which part of it is held out -------------------------------------
+KINDS = (".txt", ".md", ".py", ".jsonl")
+NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3"}
+
+
+def find_files(name, downloads):
+    """Return the files of "python" (its own library), of a file, folder or glob, of a download."""
+    if name == "python":
+        library = Path(sysconfig.get_path("stdlib"))
+        return sorted(file for file in library.rglob("*.py")
+                      if not NOT_READ & set(file.relative_to(library).parts))
+    found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+    files = []
+    for path in map(Path, found or [f"{downloads}/{name}.txt"]):
+        files += path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in files if file.suffix in KINDS and file.is_file())
+
+
+def read_file(path):
+    """Yield a file's documents: each line's "text" of a .jsonl, else what END_OF_TEXT parts."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            if path.suffix == ".jsonl":
+                for line in lines:
+                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()
+                return
+            for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
+                if not is_end:
+                    yield "".join(part)
+    except UnicodeDecodeError:
+        print(f"skipped {path}: it is not UTF-8 text", file=sys.stderr)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CourseError(f'{path}: a line is no JSON with a "text": {error!r}') from None
+
+
+def read_source(source, downloads="out/downloads"):
+    """Yield the documents of all that --source names. Raises CourseError where there are none."""
+    for name in source:
+        found = 0
+        for text in chain.from_iterable(map(read_file, find_files(name, downloads))):
+            if text.strip() and "\0" not in text:    # a zero byte: a program or a picture
+                found += 1
+                yield text
+        if not found:
+            raise CourseError(f"--source {name}: no UTF-8 text ({', '.join(KINDS)}) at "
+                              f"{os.path.abspath(name)}; of a download, run 02_data.py first")
+
+
+def split_of(text):
+    """The hash of a text decides: 85% "train", 5% "val" to choose by, 10% "test" for the end."""
+    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8      # in [0, 1)
+    if point < 0.85:
+        return "train"
+    return "val" if point < 0.90 else "test"
+
+
+def split_documents(documents):
+    """Yield (split, text). Documents stay whole, as half a text gives away the rest; but where
+    there are fewer than 20, they are joined, "val" is the last tenth, and there is no "test"."""
+    documents = iter(documents)
+    first = list(islice(documents, 20))
+    if len(first) < 20:
+        text = "\n".join(first)
+        cut = len(text) * 9 // 10
+        yield "train", text[:cut]
+        yield "val", text[cut:]
+        return
+    for text in chain(first, documents):
+        yield split_of(text), text
+
+
+# ---- Looking at it -------------------------------------------------------------------------------
+def show_tokens(pieces, colours=(24, 53, 22, 94)):
+    """Return the pieces side by side, coloured in turn on a terminal, else parted by bars."""
+    if not sys.stdout.isatty():
+        return "|".join(pieces)
+    coloured = zip(pieces, cycle(colours))
+    return "".join([f"\x1b[48;5;{colour}m{piece}\x1b[0m" for piece, colour in coloured])
+
+
+def show_tokenizer(tokenizer, sample):
+    """Print the first merges, and a sample text token by token."""
+    print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
+          f"{len(tokenizer.special_tokens)} special tokens")
+    first = [tokenizer.decode([256 + i]) for i in range(min(12, len(tokenizer.merges)))]
+    print("first merges:  ", *map(repr, first))
+    sample = sample[:1_000_000]
+    ids = tokenizer.encode(sample)
+    pieces = [tokenizer.decode([i]) for i in ids[:80]]
+    print(f"a sample, token by token:\n{show_tokens(pieces)}")
+    print(f"{len(sample.encode()) / len(ids):.2f} bytes per token on text it has learnt from")
+
+
+# ---- The script ----------------------------------------------------------------------------------
+@dataclass
+class Config:
+    source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
+    vocab_size: int = 4096  # tokens in all: more makes texts shorter and the model larger
+    out: str = "out"  # root folder of the course: everything is written below it
+
+
+def train_texts(config):
+    """Yield the documents of the train split, one by one: they may not fit in memory."""
+    documents = read_source(config.source, f"{config.out}/downloads")
+    for split, text in split_documents(documents):
+        if split == "train":
+            yield text
+
+
+def main(config):
+    """Learn from the train split, show what was learnt, save."""
+    folder = Path(config.out) / "tokenizer"
+    tokenizer = train_bpe(train_texts(config), config.vocab_size)
+    show_tokenizer(tokenizer, "".join(islice(train_texts(config), 10)))
+    tokenizer.save(folder)
+    # Chapter 2 may be run from another folder, so paths are kept as whole ones.
+    source = [os.path.abspath(name) if os.path.exists(name) else name for name in config.source]
+    write_json(folder / "source.json", source)
+    print(f"saved {folder}; next: {command('02_data.py', config)}")
+
+
+# ---- Tools for every chapter: no lesson, skip them on a first reading ----------------------------
 class CourseError(ValueError):
     """Something the reader can mend; a script prints it as one line and exits with status 1."""
 
 
+def parse_flags(config_class, about, argv=None, defaults_for=dict):
+    """Make a command line of a dataclass: `seed: int = 1  # its help` becomes --seed 1.
+    defaults_for(given) -> {name: value}: where defaults depend on the flags that were given."""
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = {}
+    for base in config_class.__mro__[-2::-1]:          # base classes first, without `object`
+        helps.update(regex.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(base)))
+    for item in fields(config_class):
+        flag = "--" + item.name.replace("_", "-")
+        default = getattr(config_class(), item.name)
+        kind = (get_args(item.type) or [item.type])[0]             # list[str], int | None
+        text = helps.get(item.name, "").replace("%", "%%")
+        how = {"type": kind, "nargs": "+" if isinstance(default, list) else None}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif default not in (None, "", []):
+            text += f" (default: {default})"
+        parser.add_argument(flag, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)) and not value >= 0:     # nan is not either
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be at least 0")
+    return config_class(**{**defaults_for(given), **given})
+
+
+def run(script, config_class, about, defaults_for=dict):
+    """Run a chapter: flags in, `script(config)`, errors that can be mended out as one line."""
+    sys.stdout.reconfigure(errors="replace")           # a letter that the terminal lacks: "?"
+    try:
+        script(parse_flags(config_class, about, None, defaults_for))
+        sys.stdout.flush()
+    except BrokenPipeError:                            # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (CourseError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def command(script, config):
+    """Return how to run a chapter: with --out, where that is not the usual folder."""
+    place = "" if config.out == "out" else f" --out {shlex.quote(config.out)}"
+    return f"python {script}{place}"
+
+
 @contextmanager
 def replacing(path):
-    """Yield a temporary path, moved to `path` if the block succeeds: a crash leaves the old file."""
+    """Yield a temporary path, moved to `path` if all goes well: a crash leaves the old file."""
     temporary = Path(path).with_name(f"{os.getpid()}.tmp.{Path(path).name}")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,6 +454,12 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure, path):
+    """Draw a figure of matplotlib to a file; without a suffix, as a PNG."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
 
 
 def write_json(path, value):
@@ -78,322 +476,91 @@ def read_json(path, made_by):
         raise CourseError(f"cannot read {path} ({error}): {made_by} makes it") from None
 
 
-def parse_flags(config_class, about, argv=None):
-    """Make a command line of a dataclass: `max_tokens: int = 100  # its help` becomes --max-tokens 100."""
-    source = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))      # base classes first
-    comments = dict(regex.findall(r"(?m)^    (\w+): .*?  # (.*)$", source))
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for item in fields(config_class):
-        default = getattr(config_class(), item.name)
-        kind = getattr(item.type, "__args__", [item.type])[0]                   # list[str], int | None -> str, int
-        many = "+" if isinstance(default, list) else None
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "nargs": many}
-        text = comments[item.name] + (f" (default: {default})" if default and kind is not bool else "")
-        parser.add_argument("--" + item.name.replace("_", "-"), default=default, help=text.replace("%", "%%"), **how)
-    return config_class(**vars(parser.parse_args(argv)))
+# ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
+# JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
+# others, in order, by the letters from number 256 on. A space is "Ġ".
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+LETTER_OF = {byte: chr(byte) for byte in PRINTABLE}
+LETTER_OF.update({byte: chr(256 + i) for i, byte in enumerate(OTHERS)})
+BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def run(script, config_class, about):
-    """Run a chapter: flags in, `script(config)`, errors out as one line with status 1."""
-    sys.stdout.reconfigure(errors="replace")                   # a letter the terminal lacks is no error
-    try:
-        script(parse_flags(config_class, about))
-        sys.stdout.flush()
-    except BrokenPipeError:                                    # the reader, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (CourseError, OSError, KeyboardInterrupt) as error:
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else f"error: {error}")
+def to_bytes(spelled):
+    """Return the bytes of a spelled token: "Ġthe" -> b" the"."""
+    return bytes([BYTE_OF[letter] for letter in spelled])
 
 
-# ---- Where text comes from, and which part of it is held out -------------------------------------
-NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3", "ensurepip"}
-
-
-def read_file(path):
-    """Yield a file's documents, cut at END_OF_TEXT or 10,000 lines, or each .jsonl line's "text"; None if not UTF-8."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
-            if ".jsonl" in path.suffixes:                      # JSON may hold half a character: it becomes "?"
-                yield from (json.loads(row)["text"].encode(errors="replace").decode() for row in lines if row.strip())
-            for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
-                while not is_end and (text := "".join(islice(part, 10_000))):       # bounds the memory
-                    yield text
-    except UnicodeDecodeError:
-        yield None
-    except Exception as error:                                 # whatever a damaged file brings about
-        raise CourseError(f'{path} is no text, or no JSON lines with a "text": {error!r}') from None
-
-
-def read_source(source, downloads="out/downloads"):
-    """Yield the documents of files, folders, globs, or of names: "python" (the standard library), "site-packages"
-    (what is installed beside it), a download of chapter 2. Raises CourseError where there are none."""
-    installed = {"python": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
-    for name in source:
-        kinds = (".py",) if name in installed else (".txt", ".md", ".py", ".jsonl")
-        found = glob.glob(os.path.expanduser(installed.get(name, name)), recursive=True) or [f"{downloads}/{name}.txt"]
-        files = sorted(file for path in map(Path, found) for file in (path.rglob("*") if path.is_dir() else [path])
-                       if file.name.removesuffix(".gz").endswith(kinds) and file.is_file()
-                       and not (name == "python" and NOT_READ & set(file.relative_to(path).parts)))
-        if not files:
-            raise CourseError(f"--source {name}: no {'/'.join(kinds)} file there (a download: run 02_data.py first)")
-        yield from chain.from_iterable(map(read_file, files))
-
-
-def split_documents(documents):
-    """Yield (split, text): 85% "train", 5% "val" to choose by, 10% "test" for the end; the text's hash decides.
-
-    Whole, as half a text gives away the rest. Of fewer than 20, "val" is the last 10% of all characters; no "test".
-    """
-    documents = iter(documents)
-    first = list(islice(documents, 20))
-    left = int(0.9 * sum(map(len, first)))                     # characters that still go to train
-    for text in chain(first, documents):
-        point = int(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8], 16) / 16**8      # in [0, 1)
-        split = "train" if point < 0.85 else "val" if point < 0.90 else "test"
-        parts = [(split, text)] if len(first) == 20 else [("train", text[:left]), ("val", text[left:])]
-        yield from (part for part in parts if part[1])
-        left = max(0, left - len(text))
-
-
-# ---- Training, first by its definition -----------------------------------------------------------
-def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest (ties: the lowest ids), repeat. Returns pairs of ids.
-
-    A word is held as a string of one character per token, chr(id): a merge is then str.replace.
-
-    >>> learn_merges_naive({"low": 2, "lower": 1}, 2)          # {chunk: how often}; l is 108, o 111, w 119
-    [(108, 111), (256, 119)]
-    """
-    words, merges = {"".join(map(chr, chunk.encode())): n for chunk, n in chunks.items()}, []
-    while len(merges) < how_many and any(len(word) > 1 for word in words):
-        counts = Counter(chain.from_iterable(list(zip(word, word[1:])) * n for word, n in words.items()))
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        words = {word.replace("".join(best), chr(256 + len(merges))): n for word, n in words.items()}
-        merges.append(tuple(map(ord, best)))
-    return merges
-
-
-# ---- Training, fast: the same merges -------------------------------------------------------------
-# A merge changes only the pairs beside it. So put all words in one row with a GAP between them, count once, remember
-# the places of each pair, and visit those. Tokens never move: the id of a long one stands at its first and last
-# byte.   GAP l o w GAP  ->  GAP lo lo w GAP  ->  GAP low GAP low GAP
-GAP = -1
-
-
-def learn_merges(chunks, how_many):
-    """Return what learn_merges_naive returns, thousands of times sooner."""
-    row, times = [GAP], [0]                                    # times: how often the word at a place occurs
-    for chunk, n in chunks.items():
-        row += [*chunk.encode(), GAP]
-        times += [n] * (len(row) - len(times))
-    counts, changes, places = Counter(), Counter(), defaultdict(lambda: array("i"))
-    for i, pair in enumerate(zip(row, row[1:])):
-        changes[pair] += times[i]
-        places[pair].append(i)
-    heap, merges, size = [], [], {GAP: 0, **dict.fromkeys(range(256), 1)}       # size: bytes of each id
-    while len(merges) < how_many:
-        for pair, change in changes.items():
-            counts[pair] += change
-            if change > 0 and GAP not in pair:
-                heapq.heappush(heap, (-counts[pair], pair))    # the commonest pair is on top, heap[0]
-        while heap and counts[heap[0][1]] != -heap[0][0]:      # its count fell since: queue it anew
-            heapq.heapreplace(heap, (-counts[heap[0][1]], heap[0][1]))
-        if not heap or heap[0][0] == 0:
-            break
-        (a, b), new, changes = heapq.heappop(heap)[1], 256 + len(merges), Counter()
-        merges.append((a, b))
-        size[new] = size[a] + size[b]
-        for i in places.pop((a, b)):
-            j, end = i + size[a], i + size[new]
-            if row[i] == a and row[j] == b:                    # not so in "aaa" after the merge of the first two
-                row[j - 1] = row[j] = GAP
-                row[i] = row[end - 1] = new
-                before, after = row[i - 1], row[end]
-                for old, fresh, at in (((before, a), (before, new), i - size[before]), ((b, after), (new, after), i)):
-                    changes[old] -= times[i]
-                    changes[fresh] += times[i]
-                    places[fresh].append(at)
-    return merges
-
-
-# ---- The tokenizer: text to ids and back, in the form of Hugging Face's tokenizer.json -----------
-# JSON holds no bytes, so GPT-2 spells each by a letter, unprintable ones by those from 256 on: " " is "Ġ".
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
-NOT_HONOURED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "add_prefix_space",
-                "invert", "lstrip", "rstrip", "single_word")   # a file from elsewhere must leave these off
+def special_json(text, i):
+    """Return how tokenizer.json writes a special token."""
+    return {"id": i, "content": text, "special": True, "normalized": False,
+            "single_word": False, "lstrip": False, "rstrip": False}
 
 
 def tokenizer_json(pairs, pattern, special_tokens):
-    """Return what tokenizer.json holds for a tokenizer of 256 bytes, merged `pairs` and specials."""
-    spelled = sorted(BYTE_OF, key=BYTE_OF.get)
-    for a, b in pairs:
-        spelled.append(spelled[a] + spelled[b])
-    flags = {**dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False), "special": True}
-    added = [{"id": i, "content": text, **flags} for i, text in enumerate(special_tokens, len(spelled))]
-    merges, vocab = [[spelled[a], spelled[b]] for a, b in pairs], {token: i for i, token in enumerate(spelled)}
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+    """Return what tokenizer.json holds for 256 bytes, merged `pairs` of ids and special tokens."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in pairs:
+        tokens.append(tokens[left] + tokens[right])
+    spelled = ["".join(map(LETTER_OF.get, token)) for token in tokens]
+    vocab = {token: i for i, token in enumerate(spelled)}
+    merges = [[spelled[left], spelled[right]] for left, right in pairs]
+    added = [special_json(text, len(tokens) + i) for i, text in enumerate(special_tokens)]
+    split = {"type": "Split", "pattern": {"Regex": pattern},
+             "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "use_regex": False,
+                  "add_prefix_space": False, "trim_offsets": True}
+    return {"version": "1.0", "added_tokens": added, "decoder": byte_level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 
-class Tokenizer:
-    """A byte-level BPE tokenizer made of `data`, a parsed tokenizer.json. Raises CourseError for what it cannot honour.
-
-    tokens: {bytes: id}; special_tokens: {text: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order;
-    vocab_size: the highest id + 1; first: the id that this kind wants before a text, or None.
-    """
-    def __init__(self, data):
-        self.data, self.nfc, self.first, self.special_tokens, patterns = data, False, None, {}, []
-        for part, inside in (("added_tokens", ""), ("model", ""), ("normalizer", "normalizers"),
-                             ("post_processor", "processors"), ("pre_tokenizer", "pretokenizers")):
-            steps = data.get(part) or []                       # a list, or a "Sequence" with one, or a single step
-            for step in steps if isinstance(steps, list) else steps.get(inside, [steps]):
-                match part, {**step, "plain": not any(map(step.get, NOT_HONOURED))}:
-                    case "added_tokens", {"content": text, "id": i, "plain": True}: self.special_tokens[text] = i
-                    case "model", {"type": "BPE", "vocab": vocab, "merges": merges, "plain": True}: pass
-                    case "normalizer", {"type": "NFC"}: self.nfc = True
-                    case "post_processor", {"single": [{"SpecialToken": {"id": text}}, {"Sequence": _}]}:
-                        self.first = self.special_tokens[text]
-                    case "post_processor", {"type": "ByteLevel"} | {"single": [{"Sequence": _}]}: pass
-                    case "pre_tokenizer", {"type": "Digits", "individual_digits": single}:
-                        patterns.append(r"\p{N}" if single else r"\p{N}+")
-                    case "pre_tokenizer", {"type": "Split", "behavior": "Isolated", "pattern": how, "plain": True}:
-                        patterns.append(how.get("Regex") or regex.escape(how["String"]))
-                    case "pre_tokenizer", {"type": "ByteLevel", "plain": True}:
-                        patterns += [GPT2_PATTERN] if step.get("use_regex", True) else []
-                    case _: raise CourseError(f"a tokenizer with this {part} is not supported: {step}"[:300])
-        # what a pattern leaves between its matches is a chunk too
-        self._cuts = [regex.compile(f"{pattern}|(?:(?!{pattern})[\\s\\S])+") for pattern in patterns]
-        if "'ByteLevel'" not in str(data["pre_tokenizer"]) or any(cut.groups for cut in self._cuts):
-            raise CourseError("a pre_tokenizer without ByteLevel, or with groups in a pattern, is not supported")
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)      # as one may begin another
-        self._special = regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
-        read = lambda spelled: bytes(BYTE_OF[letter] for letter in spelled)
-        self.tokens = {read(token): i for token, i in vocab.items() if token not in self.special_tokens}
-        self.bytes_of = {i: token for token, i in self.tokens.items()}
-        self.bytes_of.update((i, text.encode()) for text, i in self.special_tokens.items())
-        self.vocab_size = max(self.bytes_of) + 1
-        self.merges = [tuple(map(read, m.split(" ") if isinstance(m, str) else m)) for m in merges]
-        char = {token: chr(i) for token, i in self.tokens.items()}              # as in learn_merges_naive
-        self._char_of = {byte: char[bytes([byte])] for byte in range(256) if bytes([byte]) in char}
-        self._ranks = {char[a] + char[b]: (rank, char[a + b]) for rank, (a, b) in enumerate(self.merges)}
-        self._ids_of = lru_cache(500_000)(self._encode_chunk)   # most chunks come back
-
-    def fingerprint(self):
-        """Return 16 hex digits that change when vocabulary, merges, pattern or specials do."""
-        return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _encode_chunk(self, text):
-        """Return the ids of one chunk: the merge of lowest rank first, wherever it stands, until none is left."""
-        chunk = text.encode("utf-8", "surrogateescape")
-        if self.data["model"].get("ignore_merges") and chunk in self.tokens:
-            return [self.tokens[chunk]]
-        for byte in set(chunk) - self._char_of.keys():
-            raise CourseError(f"the tokenizer has no token for the byte {byte:#04x}")
-        word, ranks = "".join(map(self._char_of.get, chunk)), self._ranks
-        pairs = set(map(add, word, word[1:])) & ranks.keys()
-        while pairs:
-            first = min(pairs, key=ranks.get)
-            new = ranks[first][1]
-            word = word.replace(first, new)
-            found = map(add, word, word[1:])                   # all pairs, or of a long word the new token's
-            if len(word) > 64:
-                parts = word.split(new)
-                found = pairs - {first} | {p for a, b in zip(parts, parts[1:]) for p in (a[-1:] + new, new + b[:1], new + new)}
-            pairs = ranks.keys() & found
-        return list(map(ord, word))
-
-    def encode(self, text, allow_special=False):
-        """Return the ids of a text, or of any bytes. Only with allow_special is "<|endoftext|>" one id."""
-        text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text.encode(
-            "utf-16", "surrogatepass").decode("utf-16", "replace")              # half a UTF-16 pair becomes U+FFFD
-        ids = []
-        for i, part in enumerate(self._special.split(text) if allow_special else [text]):
-            chunks = [] if i % 2 else [unicodedata.normalize("NFC", part) if self.nfc else part]
-            for cut in self._cuts:
-                chunks = chain.from_iterable(map(cut.findall, chunks))
-            ids += [self.special_tokens[part]] if i % 2 else chain.from_iterable(map(self._ids_of, chunks))
-        return ids
-
-    def decode_bytes(self, ids):
-        """Return the bytes that `ids` stand for. Raises CourseError for an id that is no token."""
-        for i in set(ids) - self.bytes_of.keys():
-            raise CourseError(f"{i} is not the id of a token: there are {self.vocab_size:,}")
-        return b"".join(map(self.bytes_of.get, ids))
-
-    def decode(self, ids):
-        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD, the replacement character."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens."""
-        end = END_OF_TEXT if END_OF_TEXT in self.special_tokens else None
-        write_json(Path(folder) / "tokenizer.json", self.data)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": end, "eos_token": end, "pad_token": end})
-
-    @classmethod
-    def load(cls, path):
-        """Open a tokenizer.json or its folder: ours, GPT-2's, the Llama-3, Qwen, SmolLM2 kinds. Raises CourseError."""
-        path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        try:
-            return cls(read_json(path, "01_tokenizer.py"))
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, UnboundLocalError, regex.error) as error:
-            raise CourseError(f"{path}: {error if isinstance(error, CourseError) else 'damaged: ' + repr(error)}") from None
+def steps_of(part, inside):
+    """Return the steps of a part of tokenizer.json: none, a single one, or a "Sequence"."""
+    return part.get(inside, [part]) if part else []
 
 
-def count_chunks(texts, special, pattern):
-    """Count the chunks of some texts. What spells a special token is not learnt from."""
-    parts = chain.from_iterable(special.split(text.encode(errors="replace").decode())[::2] for text in texts)
-    return Counter(chain.from_iterable(map(regex.compile(pattern).findall, parts)))
+def read_patterns(data):
+    """Return the patterns by which a text is cut. Raises CourseError for kinds we do not know."""
+    patterns = []
+    for step in steps_of(data["pre_tokenizer"], "pretokenizers"):
+        kind = step["type"]
+        if kind == "Split":
+            pattern = step["pattern"]
+            patterns.append(pattern.get("Regex") or regex.escape(pattern["String"]))
+        elif kind == "Digits":                                     # SmolLM
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        elif kind == "ByteLevel" and not step["add_prefix_space"]:
+            if step.get("use_regex", True):                        # GPT-2
+                patterns.append(GPT2_PATTERN)
+        else:
+            raise CourseError(f"a tokenizer that cuts text by {step} is not supported")
+    return patterns
 
 
-def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS, workers=1, learn=learn_merges):
-    """Train a Tokenizer of `vocab_size` tokens in all; fewer where the text runs out of pairs. Raises CourseError."""
-    room = vocab_size - 256 - len(special_tokens)
-    if room < 0:
-        raise CourseError(f"--vocab-size {vocab_size} is less than 256 bytes and {len(special_tokens)} special tokens")
-    special = Tokenizer(tokenizer_json([], pattern, special_tokens))._special
-    documents, chunks = iter(documents), Counter()
-    with (Pool if workers > 1 else ThreadPool)(workers) as pool:
-        for wave in iter(lambda: list(islice(documents, 64 * workers)), []):    # so that few texts wait in memory
-            for counts in pool.starmap(count_chunks, [(wave[i::workers], special, pattern) for i in range(workers)]):
-                chunks.update(counts)
-    return Tokenizer(tokenizer_json(learn(chunks, room), pattern, special_tokens))
+def read_first(data, special_tokens):
+    """Return the id that this kind of tokenizer wants before each text (Llama 3), or None."""
+    for step in steps_of(data.get("post_processor"), "processors"):
+        for piece in step.get("single", []):                       # a template for one text
+            if "SpecialToken" in piece:
+                return special_tokens[piece["SpecialToken"]["id"]]
+    return None
 
 
-def show_tokens(pieces, marks=(24, 53, 22, 94)):
-    """Return the pieces side by side, coloured in turn on a terminal, else parted by bars."""
-    coloured = (f"\x1b[48;5;{marks[i % len(marks)]}m{piece}\x1b[0m" for i, piece in enumerate(pieces))
-    return "".join(coloured) if sys.stdout.isatty() else "|".join(pieces)
-
-
-@dataclass
-class Config:
-    source: list[str] = field(default_factory=lambda: ["python"])  # python, site-packages, files, folders, globs
-    vocab_size: int = 4096  # tokens in all, special ones included; more makes text shorter and the model larger
-    out: str = "out"  # root folder of the course: everything is written below it
-    workers: int = os.cpu_count() or 1  # processes that cut the text into chunks
-
-
-def main(config):
-    """Learn from the train split, show what was learnt, save."""
-    texts = lambda: (text for split, text in split_documents(       # one by one: they may not fit in memory
-        filter(None, read_source(config.source, f"{config.out}/downloads"))) if split == "train")
-    tokenizer = train_bpe(texts(), config.vocab_size, workers=max(1, config.workers))
-    print(f"{tokenizer.vocab_size:,} tokens learnt of {config.vocab_size:,} (fewer if no pair was left to merge)")
-    print("first merges:  ", *(f"{(a + b).decode(errors='replace')!r}" for a, b in tokenizer.merges[:12]))
-    print("longest tokens:", *(repr(t.decode(errors="replace")) for t in sorted(tokenizer.tokens, key=len)[:-7:-1]), sep="\n    ")
-    ids = tokenizer.encode(text := "".join(islice(texts(), 10))[:1_000_000])
-    print(f"a sample, token by token:\n{show_tokens([tokenizer.decode([i]) for i in ids[:80]])}")
-    print(f"{len(text.encode()) / max(1, len(ids)):.2f} bytes per token on text it has learnt from")
-    tokenizer.save(f"{config.out}/tokenizer")
-    write_json(f"{config.out}/tokenizer/source.json", {"source": config.source, "fingerprint": tokenizer.fingerprint()})
-    print(f"saved {config.out}/tokenizer; next: python 02_data.py")
+def read_tokenizer(data):
+    """Return what a Tokenizer is made of. Raises CourseError for kinds that we do not know."""
+    model = data["model"]
+    if model.get("byte_fallback") or "merges" not in model:
+        raise CourseError("a tokenizer that is no byte-level BPE, like Llama 2's, is not supported")
+    special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
+    tokens = {to_bytes(token): i for token, i in model["vocab"].items()
+              if token not in special_tokens}
+    merges = []
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
+        merges.append((to_bytes(left), to_bytes(right)))
+    return tokens, merges, special_tokens, read_patterns(data), data
 
 
 if __name__ == "__main__":
