@@ -2,8 +2,8 @@
 
 A language model reads numbers. The plainest are the bytes of a text, but a page is thousands of
 them, and the model pays for each. Byte-pair encoding (BPE) makes the sequence shorter: give the
-pair of neighbours that occurs most often a number of its own, and repeat. Nothing is ever unknown,
-since every byte is a token too.
+pair of neighbours that occurs most often a number of its own, and repeat. Each byte and each merged
+pair is called a token. No text is ever unknown, since every byte is one.
 
     l o w   l o w e r   l o w e s t      14 tokens; the pair (l, o) occurs 3 times
     lo w    lo w e r    lo w e s t       11 tokens; the pair (lo, w) occurs 3 times
@@ -23,7 +23,6 @@ import json
 import os
 import shlex
 import sys
-import sysconfig
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
@@ -31,7 +30,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import chain, cycle, groupby, islice
-from operator import add
 from pathlib import Path
 from typing import get_args
 
@@ -41,10 +39,10 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
 #   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
-# CourseError, run, read_json, write_json and replacing are tools: they stand at the file's end.
+# CourseError, run, command, read_json and write_json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
-# "dog?" would each take a place in the vocabulary, and the model would learn "dog" three times.
+# "dog?" would each become a token, and the model would have to learn "dog" three times.
 # \p{L} is a letter, \p{N} a digit, \s white space; ?+ and ++ are ? and + that never give back.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
@@ -54,8 +52,10 @@ PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"\s*[\r\n]",                   # line ends, with the spaces before them
     r"\s+(?!\S)|\s+",               # spaces; before a word, the last one is left to it
 ])
-END_OF_TEXT = "<|endoftext|>"       # special tokens are marks between texts and never text:
-CHAT_START = "<|im_start|>"         # whoever types "<|im_start|>" gets 12 ordinary characters
+# Special tokens are marks between texts and never text: whoever types "<|im_start|>" gets 12
+# ordinary characters. So nobody can end a document, or speak for somebody else in a chat.
+END_OF_TEXT = "<|endoftext|>"
+CHAT_START = "<|im_start|>"
 CHAT_END = "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
@@ -79,7 +79,7 @@ def learn_merges_naive(chunks, how_many):
     """Count all pairs, merge the commonest, repeat. Return the merged pairs of ids, in order.
 
     chunks: {chunk: how often it occurs}. Of pairs equally common, the one of the lowest ids wins:
-    without such a rule, two runs on the same text could make two tokenizers.
+    without such a rule, the same texts in another order would make another tokenizer.
 
     >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
     [(108, 111), (256, 119)]
@@ -113,13 +113,11 @@ GAP = -1
 
 
 def pop_commonest(queue, counts):
-    """Return the commonest pair, or None, from a heap of (-count, pair), the smallest on top."""
+    """Take the commonest pair, or None, out of a heap of (-count, pair), the smallest on top."""
     while queue:
-        count, pair = queue[0]
-        if counts[pair] == -count:
-            heapq.heappop(queue)
-            return pair if count < 0 else None
-        heapq.heapreplace(queue, (-counts[pair], pair))    # its count fell since: queue it anew
+        priority, pair = heapq.heappop(queue)
+        if priority == -counts[pair]:                      # else the count has changed since then
+            return pair
     return None
 
 
@@ -129,7 +127,7 @@ def learn_merges(chunks, how_many):
     ids, times = [GAP], [0]
     for chunk, n in chunks.items():
         ids += [*chunk.encode(), GAP]
-        times += [n] * (len(chunk.encode()) + 1)
+        times += [n] * (len(ids) - len(times))
 
     # 2. Count the pairs once, and note where they stand.
     counts = Counter()                           # {pair: how often it occurs now}
@@ -145,11 +143,12 @@ def learn_merges(chunks, how_many):
         # 3. Choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
-            if change > 0 and GAP not in pair:
+            if counts[pair] > 0 and GAP not in pair:
                 heapq.heappush(queue, (-counts[pair], pair))
         best = pop_commonest(queue, counts)
         if best is None:
             break
+        del counts[best]
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -162,7 +161,7 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # in "aaa", the first two were merged just before
-            ids[middle - 1] = ids[middle] = GAP
+            ids[middle - 1] = ids[middle] = GAP  # where the two met; the new one's ends come next
             ids[i] = ids[end - 1] = new
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
@@ -176,51 +175,47 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back, by merges.
-
-    tokens: {bytes: id}; merges: [(bytes, bytes)] in order; special_tokens: {text: id}; patterns:
-    regular expressions that cut a text, mostly one; data: what tokenizer.json holds (see Tools).
-    """
-    def __init__(self, tokens, merges, special_tokens, patterns, data):
-        self.tokens = tokens
-        self.merges = merges
-        self.special_tokens = special_tokens
+    """Text to ids and back, by merges. It is made of `data`, what tokenizer.json holds (see Tools).
+    tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
+    {text: id}; end: the special one after a document; first: an id wanted before each text."""
+    def __init__(self, data):
         self.data = data
-        self.end = next((text for text in special_tokens if "end" in text), None)  # of a document
-        self.first = read_first(data, special_tokens)      # an id wanted before each text, or None
-        self.bytes_of = {i: token for token, i in tokens.items()}
-        for text, i in special_tokens.items():
+        self.tokens, self.merges, self.special_tokens, patterns = read_tokenizer(data)
+        self.end = next(filter(regex.compile("end|</s>").search, self.special_tokens), None)
+        self.first = read_first(data, self.special_tokens)
+        self.bytes_of = {i: token for token, i in self.tokens.items()}
+        for text, i in self.special_tokens.items():
             self.bytes_of[i] = text.encode()
         self.vocab_size = max(self.bytes_of) + 1
 
-        # What a pattern leaves between its matches is a chunk too.
+        # A text is cut by each pattern; what one leaves between its matches is a chunk too.
         self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in patterns]
         # For speed a chunk is held as a string with one character, chr(id), for each token: a merge
         # is then str.replace, and Python's own C code does the work.
-        char = {token: chr(i) for token, i in tokens.items()}
+        char = {token: chr(i) for token, i in self.tokens.items()}
         self._char_of_byte = {token[0]: char[token] for token in char if len(token) == 1}
-        self._merged = {char[a] + char[b]: char[a + b] for a, b in merges}
+        self._merged = {char[a] + char[b]: char[a + b] for a, b in self.merges}
         self._rank = {pair: rank for rank, pair in enumerate(self._merged)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks come back
 
     def _encode_chunk(self, chunk):
         """Return the ids of one chunk: apply the merges in the order in which they were learnt."""
-        data = chunk.encode("utf-8", "replace")
-        if self.data["model"].get("ignore_merges") and data in self.tokens:      # Llama 3
-            return [self.tokens[data]]
-        text = "".join([self._char_of_byte[byte] for byte in data])
-        if len(text) > 1000:                     # rare: all merges, one by one
+        whole = chunk.encode("utf-8", "replace")
+        if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
+            return [self.tokens[whole]]
+        text = "".join([self._char_of_byte[byte] for byte in whole])
+        if len(text) > 1000:                               # rare: all merges, one after the other
             for pair, merged in self._merged.items():
                 text = text.replace(pair, merged)
-        # The same, but only the merges whose pairs are there: of those, always the first.
-        while pairs := self._merged.keys() & set(map(add, text, text[1:])):
+        # The same, but only merges whose pair is in the text: of those, always the first.
+        while pairs := self._merged.keys() & {a + b for a, b in zip(text, text[1:])}:
             first = min(pairs, key=self._rank.get)
             text = text.replace(first, self._merged[first])
         return list(map(ord, text))
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        if self.data.get("normalizer"):                    # Qwen: "e" + "´" becomes "é"
+        if steps_of(self.data.get("normalizer"), "normalizers"):       # Qwen: "e" + "´" is "é"
             text = unicodedata.normalize("NFC", text)
         chunks = [text]
         for cut in self._cuts:
@@ -232,11 +227,11 @@ class Tokenizer:
         return b"".join([self.bytes_of[i] for i in ids])
 
     def decode(self, ids):
-        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD, a question mark."""
+        """Return the text of `ids`; bytes that are not UTF-8, say half a letter, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def fingerprint(self):
-        """Return 16 hex digits that change when anything about the tokenizer does."""
+        """Return 16 hex digits that change with the tokenizer: ids made by another are noticed."""
         return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
 
     def save(self, folder):
@@ -252,23 +247,18 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         data = read_json(path, "01_tokenizer.py")
         try:
-            return cls(*read_tokenizer(data))
-        except (LookupError, TypeError, AttributeError, ValueError, regex.error) as error:
-            raise CourseError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+            return cls(data)
+        except Exception as error:                         # whatever a damaged file brings about
+            raise CourseError(f"{path} cannot be used: {error!r}") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
     """Train a Tokenizer of `vocab_size` tokens in all; fewer where the text runs out of pairs."""
-    least = 256 + len(special_tokens)
-    if vocab_size <= least:
-        raise CourseError(f"--vocab-size {vocab_size}: bytes and special tokens alone are {least}")
     chunks = Counter()
     for text in documents:
         chunks.update(regex.findall(pattern, text))
-    pairs = learn_merges(chunks, vocab_size - least)
-    if not pairs:
-        raise CourseError("the text has no two bytes to merge")
-    return Tokenizer(*read_tokenizer(tokenizer_json(pairs, pattern, special_tokens)))
+    pairs = learn_merges(chunks, vocab_size - 256 - len(special_tokens))
+    return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
 
 
 # ---- Where text comes from, and which part of it is held out -------------------------------------
@@ -279,7 +269,7 @@ NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 def find_files(name, downloads):
     """Return the files of "python" (its own library), of a file, folder or glob, of a download."""
     if name == "python":
-        library = Path(sysconfig.get_path("stdlib"))
+        library = Path(os.__file__).parent
         return sorted(file for file in library.rglob("*.py")
                       if not NOT_READ & set(file.relative_to(library).parts))
     found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
@@ -294,7 +284,7 @@ def read_file(path):
     try:
         with open(path, encoding="utf-8", newline="\n") as lines:
             if path.suffix == ".jsonl":
-                for line in lines:
+                for line in filter(str.strip, lines):
                     yield json.loads(line)["text"].encode("utf-8", "replace").decode()
                 return
             for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
@@ -302,7 +292,7 @@ def read_file(path):
                     yield "".join(part)
     except UnicodeDecodeError:
         print(f"skipped {path}: it is not UTF-8 text", file=sys.stderr)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:                     # a line may be anything
         raise CourseError(f'{path}: a line is no JSON with a "text": {error!r}') from None
 
 
@@ -355,9 +345,8 @@ def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
           f"{len(tokenizer.special_tokens)} special tokens")
-    first = [tokenizer.decode([256 + i]) for i in range(min(12, len(tokenizer.merges)))]
+    first = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
     print("first merges:  ", *map(repr, first))
-    sample = sample[:1_000_000]
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
     print(f"a sample, token by token:\n{show_tokens(pieces)}")
@@ -372,22 +361,21 @@ class Config:
     out: str = "out"  # root folder of the course: everything is written below it
 
 
-def train_texts(config):
-    """Yield the documents of the train split, one by one: they may not fit in memory."""
-    documents = read_source(config.source, f"{config.out}/downloads")
-    for split, text in split_documents(documents):
-        if split == "train":
-            yield text
-
-
 def main(config):
     """Learn from the train split, show what was learnt, save."""
     folder = Path(config.out) / "tokenizer"
-    tokenizer = train_bpe(train_texts(config), config.vocab_size)
-    show_tokenizer(tokenizer, "".join(islice(train_texts(config), 10)))
+    documents = split_documents(read_source(config.source, f"{config.out}/downloads"))
+    texts = (text for split, text in documents if split == "train")      # read one by one
+    first = list(islice(texts, 10))
+    tokenizer = train_bpe(chain(first, texts), config.vocab_size)
+    if not tokenizer.merges:
+        raise CourseError(f"nothing to merge: --source {shlex.join(config.source)} is too short, "
+                          f"or --vocab-size is not over {tokenizer.vocab_size}")
+    show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
     # Chapter 2 may be run from another folder, so paths are kept as whole ones.
-    source = [os.path.abspath(name) if os.path.exists(name) else name for name in config.source]
+    source = [os.path.abspath(name) if name != "python" and os.path.exists(name) else name
+              for name in config.source]
     write_json(folder / "source.json", source)
     print(f"saved {folder}; next: {command('02_data.py', config)}")
 
@@ -403,11 +391,9 @@ def parse_flags(config_class, about, argv=None, defaults_for=dict):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    helps = {}
-    for base in config_class.__mro__[-2::-1]:          # base classes first, without `object`
-        helps.update(regex.findall(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(base)))
+    code = "".join(map(inspect.getsource, config_class.__mro__[-2::-1]))       # base class first
+    helps = dict(regex.findall(r"(?m)^    (\w+): .*?  # (.*)$", code))
     for item in fields(config_class):
-        flag = "--" + item.name.replace("_", "-")
         default = getattr(config_class(), item.name)
         kind = (get_args(item.type) or [item.type])[0]             # list[str], int | None
         text = helps.get(item.name, "").replace("%", "%%")
@@ -416,7 +402,7 @@ def parse_flags(config_class, about, argv=None, defaults_for=dict):
             how = {"action": argparse.BooleanOptionalAction}
         elif default not in (None, "", []):
             text += f" (default: {default})"
-        parser.add_argument(flag, help=text, **how)
+        parser.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, (int, float)) and not value >= 0:     # nan is not either
@@ -447,7 +433,7 @@ def command(script, config):
 @contextmanager
 def replacing(path):
     """Yield a temporary path, moved to `path` if all goes well: a crash leaves the old file."""
-    temporary = Path(path).with_name(f"{os.getpid()}.tmp.{Path(path).name}")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -479,11 +465,10 @@ def read_json(path, made_by):
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
 # JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
 # others, in order, by the letters from number 256 on. A space is "Ġ".
-PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-LETTER_OF = {byte: chr(byte) for byte in PRINTABLE}
-LETTER_OF.update({byte: chr(256 + i) for i, byte in enumerate(OTHERS)})
-BYTE_OF = {letter: byte for byte, letter in LETTER_OF.items()}
+LETTERS = [chr(i) for i in PRINTABLE + list(range(256, 324))]
+BYTE_OF = dict(zip(LETTERS, PRINTABLE + OTHERS))
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -500,19 +485,17 @@ def special_json(text, i):
 
 def tokenizer_json(pairs, pattern, special_tokens):
     """Return what tokenizer.json holds for 256 bytes, merged `pairs` of ids and special tokens."""
-    tokens = [bytes([byte]) for byte in range(256)]
+    spelled = sorted(BYTE_OF, key=BYTE_OF.get)             # of the bytes 0, 1, 2...
     for left, right in pairs:
-        tokens.append(tokens[left] + tokens[right])
-    spelled = ["".join(map(LETTER_OF.get, token)) for token in tokens]
+        spelled.append(spelled[left] + spelled[right])
     vocab = {token: i for i, token in enumerate(spelled)}
     merges = [[spelled[left], spelled[right]] for left, right in pairs]
-    added = [special_json(text, len(tokens) + i) for i, text in enumerate(special_tokens)]
-    split = {"type": "Split", "pattern": {"Regex": pattern},
-             "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "use_regex": False,
-                  "add_prefix_space": False, "trim_offsets": True}
-    return {"version": "1.0", "added_tokens": added, "decoder": byte_level,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+    added = [special_json(text, len(spelled) + i) for i, text in enumerate(special_tokens)]
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    spell = {"type": "ByteLevel", "use_regex": False,
+             "add_prefix_space": False, "trim_offsets": True}
+    return {"version": "1.0", "added_tokens": added, "decoder": spell,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, spell]},
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 
@@ -524,32 +507,32 @@ def steps_of(part, inside):
 def read_patterns(data):
     """Return the patterns by which a text is cut. Raises CourseError for kinds we do not know."""
     patterns = []
-    for step in steps_of(data["pre_tokenizer"], "pretokenizers"):
+    normalizers = steps_of(data.get("normalizer"), "normalizers")
+    for step in normalizers + steps_of(data["pre_tokenizer"], "pretokenizers"):
         kind = step["type"]
-        if kind == "Split":
-            pattern = step["pattern"]
-            patterns.append(pattern.get("Regex") or regex.escape(pattern["String"]))
-        elif kind == "Digits":                                     # SmolLM
-            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        if kind == "Split" and step["behavior"] == "Isolated":
+            patterns.append(step["pattern"]["Regex"])
+        elif kind == "Digits" and step["individual_digits"]:       # SmolLM
+            patterns.append(r"\p{N}")
         elif kind == "ByteLevel" and not step["add_prefix_space"]:
             if step.get("use_regex", True):                        # GPT-2
                 patterns.append(GPT2_PATTERN)
-        else:
-            raise CourseError(f"a tokenizer that cuts text by {step} is not supported")
+        elif kind != "NFC":                                        # see Tokenizer.encode
+            raise CourseError(f"a tokenizer with the step {step} is not supported")
     return patterns
 
 
 def read_first(data, special_tokens):
     """Return the id that this kind of tokenizer wants before each text (Llama 3), or None."""
     for step in steps_of(data.get("post_processor"), "processors"):
-        for piece in step.get("single", []):                       # a template for one text
-            if "SpecialToken" in piece:
-                return special_tokens[piece["SpecialToken"]["id"]]
+        match step:
+            case {"single": [{"SpecialToken": {"id": text}}, *_]}:     # a template for one text
+                return special_tokens[text]
     return None
 
 
 def read_tokenizer(data):
-    """Return what a Tokenizer is made of. Raises CourseError for kinds that we do not know."""
+    """Return (tokens, merges, special tokens, patterns) as Tokenizer wants them."""
     model = data["model"]
     if model.get("byte_fallback") or "merges" not in model:
         raise CourseError("a tokenizer that is no byte-level BPE, like Llama 2's, is not supported")
@@ -560,7 +543,7 @@ def read_tokenizer(data):
     for pair in model["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
         merges.append((to_bytes(left), to_bytes(right)))
-    return tokens, merges, special_tokens, read_patterns(data), data
+    return tokens, merges, special_tokens, read_patterns(data)
 
 
 if __name__ == "__main__":

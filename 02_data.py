@@ -19,6 +19,7 @@ Source: the flat file of tokens is nanoGPT's idea; the fixed order of the sequen
 import hashlib
 import os
 import re
+import shlex
 import signal
 import sys
 import unicodedata
@@ -61,7 +62,11 @@ SHORTEST = 20  # characters; a shorter document teaches nothing
 
 
 def clean(documents, changed, dropped):
-    """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}."""
+    """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
+
+    Why drop duplicates? A text that is read often is learnt by heart. And if it is in train and in
+    test as well, the test is an exam whose questions were known before.
+    """
     seen = set()
     for split, text in documents:
         for rule, mend in RULES.items():
@@ -72,8 +77,8 @@ def clean(documents, changed, dropped):
         digest = hashlib.sha256(text.encode()).digest()
         if len(text.strip()) < SHORTEST:
             dropped[f"under {SHORTEST} characters"] += 1
-        elif digest in seen:         # read twice, a text is learnt by heart; in train and in test
-            dropped["duplicate"] += 1                          # as well, it is an exam known before
+        elif digest in seen:
+            dropped["duplicate"] += 1
         else:
             seen.add(digest)
             yield split, text
@@ -85,7 +90,7 @@ load_once = lru_cache(maxsize=1)(Tokenizer.load)  # each process opens the token
 
 
 def encode_document(tokenizer_folder, document):
-    """Return (split, ids, bytes of text) of a (split, text)."""
+    """Return (split, ids with a separator after them, number of bytes) of a (split, text)."""
     split, text = document
     tokenizer = load_once(tokenizer_folder)
     ids = tokenizer.encode(text)
@@ -95,7 +100,7 @@ def encode_document(tokenizer_folder, document):
 
 def encode_all(documents, tokenizer_folder, workers):
     """Yield what encode_document returns, in order, by several processes."""
-    load_once.cache_clear()                                    # chapter 1 may have run again
+    documents = iter(documents)
     encode = partial(encode_document, tokenizer_folder)
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)            # the main process alone answers it
     with ProcessPoolExecutor(workers, None, signal.signal, ignore_ctrl_c) as pool:
@@ -110,6 +115,7 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left.
     """
     tokenizer = Tokenizer.load(tokenizer_folder)
+    # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
@@ -207,7 +213,7 @@ def draw_statistics(tokens, tokenizer, path):
     rank = np.arange(1, len(counts) + 1)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(lengths, bins=np.geomspace(1, lengths.max() * 2, 40), color="#0072b2")
+    left.hist(lengths, bins=np.geomspace(1, lengths.max(initial=1) * 2, 40), color="#0072b2")
     left.set(title="How long documents are", xscale="log", xlabel="tokens in a document",
              ylabel="documents")
     right.loglog(rank, counts, color="#0072b2", label="here")
@@ -241,7 +247,7 @@ def choose_source(config):
         tokenizer.save(folder)                                 # as if chapter 1 had made it
         chapter1.write_json(kept, source)
     elif not kept.exists():
-        make = f"{chapter1.command('01_tokenizer.py', config)} --source {' '.join(source)}"
+        make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
         raise CourseError(f"there is no tokenizer in {folder} yet: `{make}` makes it")
     return source
 
@@ -259,7 +265,7 @@ def main(config):
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
     documents = clean(documents, changed, dropped)
     totals = write_tokens(documents, out / "tokenizer", folder, max(1, config.workers))
-    print(f"encoded {' '.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
+    print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
         print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
               f"{n['bytes']:14,} bytes")

@@ -1,26 +1,35 @@
 """Chapter 4 · Training: show the model text, and nudge every weight so that it is less surprised.
 
-One step: take a batch, let the model guess each next token, measure its surprise (the loss, in nats: minus the natural
-log of the probability it gave to what really came; perplexity is e^loss), compute for every weight in which direction
-the loss falls (the gradient), and move it a little that way (the learning rate). Then again, some thousand times.
+One step: take a batch, let the model guess each next token, measure its surprise (the loss, in
+nats: minus the natural log of the probability that it gave to what really came), compute for every
+weight in which direction the loss falls (the gradient), and move it a little that way (the learning
+rate). Then again, some thousand times:
 
-Run:    python 04_train.py                    picks device, precision and preset, and says why
+    batch -> model -> loss -> backward -> gradients -> clip -> optimizer -> weights -+
+      ^------------------------------ the next step ---------------------------------+
+
+Run:    python 04_train.py                    picks device, precision and preset, and says which
+        python 04_train.py --layers 8 --width 128 --norm layernorm     every setting is a flag
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
+        python 04_train.py --test             the best model on the test split: look once
         python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
         torchrun --nproc-per-node=8 04_train.py --preset modern-124m
-Writes: out/base/: the best weights so far as a folder for transformers, resume.pt, log.csv, loss.png.
-Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 (Muon).
+Writes: out/base/: the best weights so far, as a folder for transformers; resume.pt, log.csv,
+        loss.png
+Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
+        Jordan et al. 2024 (Muon)
 """
 import atexit
-import gc
+import csv
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,45 +37,401 @@ import torch
 from matplotlib.figure import Figure
 from torch import distributed, nn
 
-chapter1, chapter2, chapter3 = map(import_module, ("01_tokenizer", "02_data", "03_model"))
-CourseError, replacing, GPT = chapter1.CourseError, chapter1.replacing, chapter3.GPT
+chapter1 = import_module("01_tokenizer")
+chapter2 = import_module("02_data")
+chapter3 = import_module("03_model")
+CourseError = chapter1.CourseError
 
 # Legend
-#   R  rows (sequences) of a whole step       T  tokens of a row        V  vocabulary
-#   micro-batch   rows that go through the model at once; a step adds up the gradients of several
-IGNORED = -100  # a target, that is a next token in y, from which nothing is to be learnt
-RECIPES = {  # how the presets of chapter 3 are trained ("124m": all larger ones), unless a flag says otherwise
-    "small": dict(steps=2800, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01, eval_every=400),
-    "gpu": dict(steps=2500, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=0.02, eval_every=250),
-    "124m": dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=0.02, eval_every=250),
-}
+#   R  sequences of a whole step       T  tokens of a sequence        V  vocabulary
+#   micro-batch   sequences that go through the model at once; a step may add up several
+#   held-out      text that is never trained on: val to choose by, test for the very end
+# Machine, files and flags are tools: they stand at the file's end.
+IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt
+
+
+# ---- Training, by its definition -----------------------------------------------------------------
+def lr_scale(step, config):
+    """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
+
+    Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
+    to average. Why fall? Large steps cover ground but overshoot; small ones find the bottom.
+    """
+    rise = (step + 1) / max(1, config.warmup)
+    return min(1.0, rise) * (1 - step / config.steps)
+
+
+def train_naive(model, batch, config):
+    """Train a model and return its losses: what all of this file does, only not safely and fast.
+
+    batch(step) -> inputs x and targets y, each (R, T)
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    losses = []
+    for step in range(config.steps):
+        x, y = batch(step)
+        logits = model(x)                                          # (R, T) -> (R, T, V)
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+        loss = nats / y.numel()
+        loss.backward()                                            # adds to each weight's .grad
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * lr_scale(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# ---- What a step needs: loss and optimizers ------------------------------------------------------
+class Objective(nn.Module):
+    """The model together with its loss, so that both are compiled as one."""
+    COLUMNS = ["loss"]
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, documents=None):
+        """Return the terms of COLUMNS, in nats, each summed over the targets y that count.
+
+        x, y (B, T) -> (terms). All terms are trained on; each is a column of the log.
+        """
+        logits = self.model(x, documents).float()                  # (B, T) -> (B, T, V)
+        nats = nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
+        return torch.stack([nats])
+
+
+# Three ways to move a weight w against its gradient g, at a learning rate lr:
+#   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
+#   AdamW   m = average of g, v = average of g^2, both over the last steps; w -= lr m / sqrt(v).
+#           Every weight moves at about lr a step, whatever the size of its gradient. Besides,
+#           w -= lr decay w pulls it towards zero, so that none grows without being needed.
+#   Muon    sees that a matrix is a map from directions to directions. Its gradient is dominated by
+#           a few of them. Muon makes all equally strong, so that the rare ones are learnt as well.
+def orthogonalise(matrices):
+    """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
+
+    Newton-Schulz: of a matrix X with singular values s, a X + b (X X^T) X + c (X X^T)^2 X has the
+    singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between 0.01
+    and 1 to between 0.7 and 1.2: no decomposition is needed, and bfloat16 will do.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices                       # X X^T is the smaller product
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).bfloat16()
+    for _ in range(5):
+        square = x @ x.mT                                          # (N, rows, rows)
+        change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, change, x, beta=3.4445)               # (N, rows, columns)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024); all matrices of one shape at once."""
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        by_shape = {}
+        for p in matrices:
+            by_shape.setdefault(p.shape, []).append(p)
+        groups = [{"params": same} for same in by_shape.values()]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
+            state = self.state[group["params"][0]]
+            average = state.setdefault("average", torch.zeros_like(gradient))
+            average.lerp_(gradient, 1 - group["momentum"])
+            update = orthogonalise(gradient.lerp(average, group["momentum"]))
+            # its numbers have a mean size of 1 / sqrt(longer side); AdamW's moves of about 0.2 lr
+            size = 0.2 * max(gradient.shape[-2:]) ** 0.5
+            for p, change in zip(group["params"], update):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(change, alpha=-group["lr"] * size)
+
+
+def make_optimizers(model, config):
+    """Return {name: optimizer}: Muon for the matrices in the blocks, AdamW for the rest, or for all.
+
+    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
+    biases. Those two are not pulled towards zero either: a norm's usual weight is 1.
+    """
+    matrices, tables, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            vectors.append(p)
+        elif config.optimizer == "muon" and "layers." in name:
+            matrices.append(p)
+        else:
+            tables.append(p)
+    groups = [{"params": tables, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, config.matrix_lr, config.weight_decay)
+    return optimizers
+
+
+# ---- Training, for real --------------------------------------------------------------------------
+@dataclass
+class TrainingConfig:
+    steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
+    batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
+    micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
+    optimizer: str = "muon"  # muon (for the matrices, with adamw for the rest) or adamw
+    lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
+    matrix_lr: float = 0.01  # Muon's learning rate for matrices
+    weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
+    warmup: int = 20  # steps over which the learning rate rises from zero
+    clip: float = 1.0  # longest gradient taken as it is; a longer one is shortened (0: none)
+    seed: int = 1  # of the weights, of the order of the data and of dropout
+    eval_every: int = 400  # steps between evaluations (each also saves)
+    eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
+    patience: int = 0  # stop after so many evaluations without improvement (0: never)
+    device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
+    precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
+    compile: bool | None = None  # let torch.compile join operations (default: where it pays)
+    init: str = ""  # folder with weights and tokenizer to start from
+    resume: bool = False  # go on with the run that stopped, with its settings
+    out: str = "out"  # root folder of the course
+
+    def __post_init__(self):
+        for name in ("steps", "batch_tokens", "micro_batch", "eval_every"):
+            if getattr(self, name) < 1:
+                raise CourseError(f"--{name.replace('_', '-')}: it must be at least 1")
+        if self.optimizer not in ("muon", "adamw"):
+            raise CourseError(f"--optimizer {self.optimizer}: choose muon or adamw")
+
+
+# Numbers in 16 bits take half the memory, and products of them are faster:
+#   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
+#   bf16   8 and 8: the same range, 2 to 3 digits. What training needs is range, so this just works
+#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
+#          loss by a large factor, divides the gradients by it, and lowers it when they overflow
+def train(model, batch, config, machine, folder, judge, keep, saved=None):
+    """Train a model and return its log, a list of rows for log.csv.
+
+    batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
+    loss, bits per byte, a remark. keep(model) stores the best so far. saved: a checkpoint to go on
+    from. Raises CourseError where memory is full or the gradient is no number.
+    """
+    optimizers = make_optimizers(model.train(), config)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
+    run = Run(folder, {"model": model, "scaler": scaler, **optimizers}, config, machine, saved)
+    saved, skipped = None, 0                                       # else it stays in memory
+    with run.guarded():
+        objective = compile_objective(Objective(model), batch(run.step), config, machine)
+        for step in range(run.step, config.steps):
+            start = time.time()
+
+            # 1. Learning rates and dropout's random numbers follow from the step: nothing to save.
+            scale = lr_scale(step, config)
+            for name, optimizer in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = scale * (config.matrix_lr if name == "muon" else config.lr)
+            random = np.random.default_rng((config.seed, step, machine.rank))
+            torch.manual_seed(int(random.integers(2**32)))
+
+            # 2. The gradients of all micro-batches add up to that of the whole step. Each loss is a
+            #    sum over targets, divided by the targets of the step: a mean of means would give a
+            #    micro-batch with few targets the weight of a full one.
+            whole = batch(step)                                    # x, y, documents: (R, T) each
+            targets = max(1, int((whole[1] != IGNORED).sum()))
+            mine = [machine.send(tensor).split(config.micro_batch) for tensor in whole]
+            losses = torch.zeros(len(Objective.COLUMNS), device=machine.device)
+            for micro_batch in zip(*mine):
+                with machine.autocast():
+                    terms = objective(*micro_batch) / targets
+                scaler.scale(terms.sum()).backward()
+                losses += terms.detach()
+
+            # 3. So do those of several GPUs, which had other sequences of the same step.
+            stop = torch.full((1,), float(run.wants_to_stop()), device=machine.device)
+            if machine.world > 1:
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                for tensor in [stop, losses, *gradients]:
+                    distributed.all_reduce(tensor)
+
+            # 4. Divide by the scaler's factor, and only then look at the length of the gradient: one
+            #    that is too long is shortened. All numbers come from the device at once.
+            for optimizer in optimizers.values():
+                scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            *losses, norm, stop = torch.cat((losses, norm[None], stop)).tolist()
+
+            # 5. Move the weights, unless numbers have left their range: in fp16, the scaler mends it.
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped > 20 or (skipped > 0 and not scaler.is_enabled()):
+                run.diverged(norm)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad(set_to_none=True)
+
+            # 6. Log; now and then evaluate and save.
+            run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
+            if stop > 0 or run.step == config.steps or run.step % config.eval_every == 0:
+                run.take_stock(judge, keep)
+            if stop > 0:
+                break
+    return run.finish()
+
+
+# ---- Looking at it: held-out loss, a sample, curves ----------------------------------------------
+@torch.no_grad()
+def evaluate(model, machine, tokens, bytes_of, limit=0):
+    """Return (nats per token, bits per byte) of about `limit` tokens, spread over a split (0: all).
+
+    bytes_of (V,): how many bytes of text each token stands for. Bits per byte can be compared
+    between tokenizers. Raises CourseError if the split is shorter than one sequence.
+    """
+    T, V = model.config.context, model.config.vocab_size
+    count = (len(tokens) - 1) // T                                 # sequences in the split
+    if count < 1:
+        raise CourseError(f"{len(tokens):,} held-out tokens are too few for a context of {T:,}: "
+                          "use more text or a smaller --context")
+    chosen = np.linspace(0, count - 1, min(count, math.ceil(limit / T) or count)).astype(int)
+    parts = math.ceil(len(chosen) * T * V / 2**24)                 # so that the logits fit memory
+    objective = Objective(model)
+    nats, size = 0.0, 0
+    for part in np.array_split(chosen, parts):
+        ids = np.stack([tokens[T * i:T * i + T + 1] for i in part]).astype(np.int64)
+        x, y = torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:])     # (len(part), T) each
+        size += bytes_of[y].sum().item()
+        with machine.autocast():
+            nats += objective(x.to(machine.device), y.to(machine.device))[0].item()
+    return nats / (len(chosen) * T), nats / math.log(2) / max(1, size)
+
+
+@torch.no_grad()
+def sample(model, ids, count, vocab_size, seed=0):
+    """Return `count` more ids, drawn by the model's probabilities; chapter 5 does better."""
+    generator = torch.Generator().manual_seed(seed)
+    device = model.embed_tokens.weight.device
+    for _ in range(count):
+        seen = torch.tensor([ids[-model.config.context:]], device=device)      # (1, T)
+        logits = model(seen, last_only=True)[0, 0, :vocab_size]                # (V,)
+        chances = logits.float().softmax(-1).cpu()
+        ids = ids + torch.multinomial(chances, 1, generator=generator).tolist()
+    return ids
+
+
+def draw_curves(logs, path):
+    """Draw the columns of log.csv files {name: file} against the tokens read."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    axes = {}
+    for name, file in logs.items():
+        table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1, encoding="utf-8")
+        for column in table.dtype.names[3:]:                       # after step, tokens, seconds
+            if column not in axes:
+                axes[column] = figure.add_subplot(2, 4, len(axes) + 1, xlabel="tokens read")
+                axes[column].set_title(column.replace("_", " "))
+            known = np.isfinite(table[column])                     # held-out values are few
+            axes[column].plot(table["tokens"][known], table[column][known], lw=0.8, label=name)
+    axes["loss"].legend()
+    chapter1.save_figure(figure, path)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
+RECIPE = fields(TrainingConfig)
 
 
 @dataclass
-class TrainingConfig:
-    steps: int | None = None  # updates of the weights; the learning rate reaches zero at the last
-    batch_tokens: int | None = None  # tokens that one step learns from; more is smoother and slower
-    micro_batch: int | None = None  # rows at once in memory; lower it when memory runs out, the step stays the same
-    optimizer: str = "muon"  # muon (for the matrices, with adamw for the rest) or adamw
-    lr: float | None = None  # AdamW's learning rate; too high diverges, too low is slow
-    matrix_lr: float | None = None  # Muon's learning rate for matrices
-    weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
-    warmup: int = 20  # steps over which the learning rate rises from zero
-    clip: float = 1.0  # longest gradient that is taken as it is; a longer one is shortened to it (0: none is)
-    seed: int = 1  # of the weights, of the order of the data and of dropout
-    eval_every: int | None = None  # steps between evaluations (each also saves)
-    patience: int = 0  # stop after so many evaluations without improvement (0: never)
-    stop_at: int = 0  # stop after this step as Ctrl-C would, under the same schedule (0: at the end)
-    device: str | None = None  # cpu, cuda, cuda:1, mps (default: the fastest there is)
-    precision: str | None = None  # fp32, bf16 or fp16 of the products (default: by the device)
-    compile: bool | None = None  # let torch.compile join operations (default: where it pays)
-    attention: str = "auto"  # formula, blocks, fused or auto
-    init: str = ""  # folder with weights and tokenizer to start from
-    resume: bool = False  # go on from resume.pt in the folder that is being written
-    out: str = "out"  # root folder of the course
+class Config(TrainingConfig, chapter3.GPTConfig):
+    vocab_size: int = 0  # V, the ids that it knows (0: the tokenizer's, up to a multiple of 64)
+    preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
+    test: bool = False  # evaluate the best model on all of val and test, and stop
+    compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
 
 
-# ---- The machine: device, precision, compilation, processes --------------------------------------
+def defaults_for(given):
+    """Return the values of flags not given: of the run to resume, else of a preset."""
+    if given.get("resume"):
+        return resumed_settings(Path(given.get("out", "out")) / "base", given)
+    if given.get("init") or given.get("test"):
+        for name in given.keys() & {"preset", *chapter3.SHAPE} - {"context", "attention"}:
+            raise CourseError(f"--{name.replace('_', '-')} is for new models; this one has a shape")
+        return {**GENTLE, "context": 0}
+    on_gpu = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
+    name = given.get("preset") or ("gpu" if on_gpu else "small")
+    return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
+
+
+def start_model(config, tokenizer, saved):
+    """Return the model of --init, --test or --resume, or a new one of the shape of the flags."""
+    if config.init or config.test:
+        model = chapter3.GPT.load(config.init or Path(config.out) / "base", config.context)
+        model.config.attention = config.attention
+    else:
+        vocab_size = config.vocab_size or math.ceil(tokenizer.vocab_size / 64) * 64     # for speed
+        if vocab_size < tokenizer.vocab_size:
+            raise CourseError(f"--vocab-size {vocab_size}: the tokenizer has {tokenizer.vocab_size}")
+        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=vocab_size)))
+    if saved:
+        model.load_state_dict(saved["model"])
+    return model
+
+
+def main(config):
+    """Train on out/data and keep the best model in out/base."""
+    out, folder = Path(config.out), Path(config.out) / "base"
+    if config.compare:
+        logs = {root: Path(root) / "base" / "log.csv" for root in config.compare}
+        draw_curves(logs, out / "compare.png")
+        print(f"drew {out / 'compare.png'}")
+        return
+    machine = choose_machine(config)
+
+    # 1. The text, and the tokenizer that it was encoded with.
+    tokenizer = chapter1.Tokenizer.load(config.init or out / "tokenizer")
+    texts = {}
+    for split in ("train", "val", "test"):
+        texts[split], meta = chapter2.open_tokens(out / "data", split)
+    if meta["fingerprint"] != tokenizer.fingerprint():
+        raise CourseError(f"{out / 'data'} has other tokens: `{chapter1.command('02_data.py', config)}`"
+                          " makes them anew (with --tokenizer, by that of --init)")
+
+    # 2. The model, and its first guess.
+    torch.manual_seed(config.seed)
+    saved = read_checkpoint(folder) if config.resume else None
+    model = start_model(config, tokenizer, saved).to(machine.device)
+    T, V = model.config.context, model.config.vocab_size
+    R = max(1, config.batch_tokens // T)
+    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, V))
+    if config.test:
+        for split in ("val", "test"):
+            loss, bits = evaluate(model.eval(), machine, texts[split], bytes_of)
+            print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
+        return
+    if machine.rank == 0:
+        loss, _ = evaluate(model.eval(), machine, texts["val"], bytes_of, T)
+        print(model.config, {item.name: getattr(config, item.name) for item in RECIPE}, sep="\n")
+        print(f"{R} x {T} tokens a step; the loss is {loss:.2f} now (a guess among {V:,} tokens: "
+              f"{math.log(V):.2f})")
+
+    # 3. Training.
+    def batch(step):
+        x, y = chapter2.get_batch(texts["train"], step, R, T, config.seed)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def judge(model):
+        loss, bits = evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens)
+        ids = sample(model, texts["val"][:8].tolist(), 24, tokenizer.vocab_size)
+        return loss, bits, repr(tokenizer.decode(ids))
+
+    def keep(model):
+        save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
+
+    train(model, batch, config, machine, folder, judge, keep, saved)
+    if machine.rank == 0:
+        print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
+
+
+# ---- Tools: device, precision, compilation, processes --------------------------------------------
 @dataclass
 class Machine:
     """Where and how to compute."""
@@ -81,319 +446,238 @@ class Machine:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
+    def send(self, tensor):
+        """Return this process's sequences of a tensor (R, T), on its device."""
+        mine = tensor[self.rank::self.world]
+        if self.device.type == "cuda":
+            mine = mine.pin_memory()                               # copied while the GPU computes
+        return mine.to(self.device, non_blocking=True)
+
+    def usage(self, model, speed):
+        """Return, on a CUDA GPU, what share of it is used: see chapter 3 on the 6 operations."""
+        if self.device.type != "cuda":
+            return ""
+        flops = 6 * speed * sum(p.numel() for p in model.parameters())
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        return f", {flops / 1e12:.0f} TFLOP/s, at most {memory:.1f} GB"
+
+
+def choose_device(name):
+    """Return a device; each process that torchrun starts has its own GPU. Raises CourseError."""
+    if not name and torch.cuda.is_available():
+        name = "cuda"
+    elif not name:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CourseError(f"--device {name} cannot be used here: {reason}") from None
+
 
 def choose_machine(config):
-    """Return the Machine: what the flags ask for, else what the hardware is good at. Prints the reasons."""
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    found = f"cuda:{local}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=config.device or found).device
-    except (RuntimeError, AssertionError) as error:
-        raise CourseError(f"--device {config.device} cannot be used here: {str(error).splitlines()[0]}") from None
-    best = "bf16" if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
+    """Return the Machine: what the flags ask for, else what the hardware is good at."""
+    rank, world = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = choose_device(config.device)
+    best = "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                 # fp32 products in TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+        best = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
     precision = config.precision or best
     if precision not in ("fp32", "bf16", "fp16") or (precision == "fp16" and device.type != "cuda"):
-        raise CourseError(f"--precision {precision}: choose fp32, bf16 or, on a CUDA GPU, fp16; this is {device}")
-    compiles = config.compile if config.compile is not None else device.type != "mps"
+        raise CourseError(f"--precision {precision}: fp32, bf16 or, on CUDA, fp16; not on {device}")
+    compiles = device.type != "mps" if config.compile is None else config.compile
     if rank == 0:
-        print(f"device {device} ({'as asked' if config.device else 'the fastest there is'}), precision {precision} ("
-              f"{best} is best here), compile {compiles} ({'as asked' if config.compile is not None else 'default'})")
+        print(f"device {device}, precision {precision} ({best} is best here), compile {compiles}")
     if world > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
     return Machine(device, precision, compiles, rank, world)
 
 
-# ---- What a step needs: optimizer, schedule, loss ------------------------------------------------
-def make_optimizers(model, config):
-    """Return {name: optimizer}: Muon for the matrices inside the blocks, AdamW for the rest, or for all.
-
-    AdamW averages gradients over time (momentum) and divides each number by its usual size, so that all weights move
-    at a like pace. A gradient matrix, though, is dominated by a few directions: Muon makes the average orthogonal, all
-    directions equally strong, in five steps of matrix products (Newton-Schulz). An embedding is a table of rows, not
-    a map between directions, so it stays with AdamW, as do norms and biases.
-    """
-    if config.optimizer not in ("muon", "adamw"):
-        raise CourseError(f"--optimizer {config.optimizer}: choose muon or adamw")
-    groups, decay = {"muon": [], "tables": [], "vectors": []}, config.weight_decay
-    for name, p in model.named_parameters():
-        matrix = "muon" if config.optimizer == "muon" and "layers." in name else "tables"
-        groups[matrix if p.ndim == 2 else "vectors"] += [p] if p.requires_grad else []
-    rest = [{"params": groups["tables"]}, {"params": groups["vectors"], "weight_decay": 0.0}]
-    made = {"adamw": torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)}
-    if groups["muon"]:
-        made["muon"] = torch.optim.Muon(groups["muon"], config.matrix_lr, decay, adjust_lr_fn="match_rms_adamw")
-    return made
-
-
-def lr_share(step, config):
-    """Return the share of the peak learning rate at a step: a linear rise, then a linear fall to zero."""
-    return min(1.0, (step + 1) / max(1, config.warmup)) * max(0.0, 1 - step / config.steps)
-
-
-class Objective(nn.Sequential):
-    """The model together with its loss, so that both are compiled as one: Objective(model)(x, y)."""
-
-    def forward(self, x, y, documents=None):
-        """Return the summed loss in nats of a micro-batch's targets y (B, T), without the IGNORED ones."""
-        logits = self[0](x, documents).float()                 # (B, T) -> (B, T, V)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
-def evaluate(model, machine, tokens, bytes_of, limit, rows=8):
-    """Return (nats per token, bits per byte) of the first `limit` tokens; bytes_of (V,): how long each token is."""
-    T, objective, nats = model.config.context, Objective(model).eval(), 0.0
-    if len(tokens) <= T:
-        raise CourseError(f"{len(tokens):,} held-out tokens, too few for a context of {T:,}: add text, or join its files")
-    count = min(len(tokens) - 1, max(T, limit)) // T * T
-    ids = torch.from_numpy(tokens[:count + 1].astype(np.int64))
-    with torch.no_grad(), machine.autocast():
-        for x, y in zip(ids[:-1].view(-1, T).split(rows), ids[1:].view(-1, T).split(rows)):   # (rows, T)
-            nats += objective(x.to(machine.device), y.to(machine.device)).item()
-    return nats / count, nats / math.log(2) / max(1, bytes_of[ids[1:]].sum().item())
-
-
-def sample(model, ids, count, seed=0, vocab=None):
-    """Return `count` more ids (all below `vocab`) after some: the shortest sampler there is. Chapter 5 does better."""
-    generator, device = torch.Generator().manual_seed(seed), model.embed_tokens.weight.device
-    for _ in range(count):
-        logits = model(torch.tensor([ids[-model.config.context:]], device=device))[0, -1, :vocab]   # (V)
-        ids = ids + torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator).tolist()
-    return ids
-
-
-# ---- A run: picture, checkpoint, the loop itself --------------------------------------------------
-def draw_curves(logs, path):
-    """Draw log.csv files {name: file} against the tokens read: values pale, their running mean strong."""
-    figure, colors = Figure(figsize=(12, 6), layout="constrained"), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-    for place, column in enumerate("loss val_loss val_bits_per_byte grad_norm lr_share tokens_per_second".split(), 1):
-        axis = figure.add_subplot(2, 3, place, title=column.replace("_", " "), xlabel="tokens read")
-        for color, (name, file) in zip(colors * len(logs), logs.items()):
-            table = np.genfromtxt(file, delimiter=",", names=True, ndmin=1, encoding="utf-8")
-            tokens, values = (table[key][np.isfinite(table[column])] for key in ("tokens", column))
-            window = 1 + len(values) // 50
-            mean = np.convolve(values, np.full(window, 1 / window), "valid") if len(values) else values
-            axis.plot(tokens, values, color=color, alpha=0.3, linewidth=0.8)
-            axis.plot(tokens[window // 2:][:len(mean)], mean, color=color, label=name, marker="." if window == 1 else None)
-    figure.axes[0].legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-
-
-def save_run(path, run, parts):
-    """Write resume.pt (run: plain values; parts: what has a state_dict), log.csv and loss.png, each whole or not."""
-    if not all(p.isfinite().all() for p in parts["model"].parameters()):
-        raise CourseError(f"the weights are no longer finite, {path} stays as it was: try a lower --lr and --matrix-lr")
-    log, rows = path.with_name("log.csv"), [list(row.values()) for row in run["log"]]
-    with replacing(path) as temporary:
-        torch.save({**run, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
-    with replacing(log) as temporary:
-        np.savetxt(temporary, rows, "%.12g", ",", header=",".join(run["log"][0]), comments="", encoding="utf-8")
-    draw_curves({path.parent.name: log}, path.with_name("loss.png"))
-
-
-def take_stock(path, run, parts, judge, keep):
-    """Evaluate the model, write its folder anew (`keep`) if it is the best so far, and save the run."""
-    loss, bits, remark = judge(parts["model"].eval())
-    parts["model"].train()
-    print(f"step {run['step']:,}: held-out loss {loss:.3f} (perplexity {math.exp(min(50, loss)):.1f}), {bits:.3f} bits "
-          f"per byte; {sum(row['clipped'] for row in run['log']):,} steps clipped; {remark}")
-    run["log"][-1].update(val_loss=loss, val_bits_per_byte=bits)
-    run.update(worse=0 if loss < run["best"] else run["worse"] + 1, best=min(run["best"], loss))
-    if run["worse"] == 0:
-        keep(parts["model"])
-    save_run(path, run, parts)
-
-
-def read_checkpoint(path, config):
-    """Return (checkpoint, its config) for --resume. Raises CourseError naming a flag that contradicts it."""
+def compile_objective(objective, whole, config, machine):
+    """Return the objective, compiled if that works: it is tried on a micro-batch of `whole`."""
+    if not machine.compile:
+        return objective
+    compiled, start = torch.compile(objective), time.time()
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        old = type(config)(**saved["config"])
-    except Exception as error:                                 # a damaged file fails in many ways
-        raise CourseError(f"no run can be resumed from {path} ({type(error).__name__}): leave --resume out") from None
-    typed, defaults, new = {word.split("=")[0] for word in sys.argv}, asdict(type(config)()), {}
-    for name, value in asdict(config).items():
-        flag, was = "--" + name.replace("_", "-"), getattr(old, name)
-        given = value != defaults[name] or flag in typed       # --seed 1 is given, though 1 is the default
-        if name in ("resume", "stop_at", "out") or (given and name in ("patience", "device")):
-            new[name] = value
-        elif given and value != was:
-            raise CourseError(f"{flag} {value} contradicts the run to resume, which has {was}: leave one flag out")
-    return saved, replace(old, **new)
+        with machine.autocast():
+            terms = compiled(*[machine.send(tensor)[:config.micro_batch] for tensor in whole])
+        terms.sum().backward()
+        words = f"compiled in {time.time() - start:.0f} s"
+    except Exception as error:                                     # torch has many for this
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        words = f"not compiled, so slower: {str(error).splitlines()[0]}"
+        compiled = objective
+    objective.zero_grad(set_to_none=True)                          # that was no step
+    if machine.rank == 0:
+        print(words)
+    return compiled
 
 
-def train(model, batch, config, machine, folder, judge, keep, facts=None, saved=None):
-    """Train a model and return its log, a list of rows for log.csv.
+# ---- Tools: a run, its checkpoint and its files --------------------------------------------------
+class Run:
+    """What a run knows besides its weights; it writes resume.pt, log.csv, loss.png, the best model.
 
-    batch(step) -> x, y, documents (None, or as in chapter 3), each (R, T). judge(model) -> held-out loss, bits per
-    byte, a remark. keep(model) stores the best. facts: what a resumed run must share; saved: its checkpoint.
+    A checkpoint holds all of this. Without ... a resumed run would
+        model                          begin anew
+        adamw, muon (their averages)   take some steps astray: the loss jumps
+        scaler                         overflow in fp16, and skip some steps
+        step                           read the same data again, at the first learning rates
+        best_loss, evals_without_gain  take a worse model for the best, or stop too late
+        config                         go on with other settings
+    Dropout and the order of the data follow from seed and step, and need no saving.
     """
-    for name in "steps batch_tokens micro_batch eval_every seed stop_at lr matrix_lr weight_decay clip".split():
-        if not getattr(config, name) >= (least := int(name in "steps batch_tokens micro_batch eval_every")):
-            raise CourseError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be at least {least}")
-    if saved and saved["facts"] != facts:
-        raise CourseError(f"the run began with {saved['facts']}, here is {facts}: bring that back or drop --resume")
-    objective, optimizers = Objective(model.to(machine.device).train()), make_optimizers(model, config)
-    if machine.world > 1:                                      # its `backward` averages gradients over all processes
-        objective = nn.parallel.DistributedDataParallel(objective)
-    objective = torch.compile(objective, disable=not machine.compile)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    parts, path = {"model": model, "scaler": scaler, **optimizers}, Path(folder) / "resume.pt"
-    run = {"step": 0, "log": [], "best": math.inf, "worse": 0, **(saved or {}), "facts": facts,
-           "config": asdict(replace(config, precision=machine.precision, compile=machine.compile)),
-           "model_config": asdict(model.config)}
-    for name, part in parts.items() if saved else ():
-        part.load_state_dict(run.pop(name))
-    first, skipped, signals, reasons, chief = run["step"], 0, [], torch.zeros(3), machine.rank == 0
-    handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    KEPT = ("step", "log", "best_loss", "evals_without_gain")
+
+    def __init__(self, folder, parts, config, machine, saved):
+        self.folder = Path(folder)
+        self.parts = parts                                         # what has a state_dict
+        self.config = config
+        self.machine = machine
+        self.step = 0
+        self.log = []
+        self.best_loss = math.inf
+        self.evals_without_gain = 0
+        self.signals = []
+        if saved:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            vars(self).update({name: saved[name] for name in self.KEPT})
+
+    def note_signal(self, number, frame):
+        """Ctrl-C ends a run after its step; asked twice, at once."""
+        if self.signals:
+            raise KeyboardInterrupt
+        self.signals.append(number)
+        os.write(2, b"\nstopping after this step (once more: at once, unsaved)\n")
+
+    @contextmanager
+    def guarded(self):
+        """Within, Ctrl-C saves, and full memory is explained."""
+        both = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.note_signal) for number in both]
+        try:
+            yield
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            half = max(1, self.config.micro_batch // 2)
+            raise CourseError(f"out of memory with --micro-batch {self.config.micro_batch}: {half} "
+                              "needs half, and twice as many of them make the same step; a smaller "
+                              "--context helps too") from None
+        finally:
+            for number, handler in zip(both, before):
+                signal.signal(number, handler)
+
+    def wants_to_stop(self):
+        return bool(self.signals) or 0 < self.config.patience <= self.evals_without_gain
+
+    def log_step(self, losses, norm, scale, tokens, seconds):
+        """Add a row to the log; print the first, every hundredth and, on a terminal, all."""
+        self.step += 1
+        on_terminal = sys.stdout.isatty()
+        self.log.append({
+            "step": self.step, "tokens": self.step * tokens, "seconds": seconds,
+            **dict(zip(Objective.COLUMNS, losses)), "val_loss": math.nan,
+            "val_bits_per_byte": math.nan, "grad_norm": norm, "lr_scale": scale,
+            "tokens_per_second": tokens / seconds})
+        if self.machine.rank == 0 and (len(self.log) == 1 or self.step % 100 == 0 or on_terminal):
+            minutes = (self.config.steps - self.step) * seconds / 60
+            print(f"step {self.step:,}/{self.config.steps:,}: loss {losses[0]:.3f}, gradient "
+                  f"{norm:.2f}, {tokens / seconds:,.0f} tokens/s, {minutes:.0f} min left"
+                  f"{self.machine.usage(self.parts['model'], tokens / seconds)}",
+                  end="\x1b[K\r" if on_terminal else "\n", flush=True)
+
+    def take_stock(self, judge, keep):
+        """Evaluate the model, keep it if it is the best so far, and save the run."""
+        if self.machine.rank > 0:
+            return
+        loss, bits, remark = judge(self.parts["model"].eval())
+        self.parts["model"].train()
+        self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
+        print(f"step {self.step:,}: held-out loss {loss:.3f} (perplexity "
+              f"{math.exp(min(50, loss)):.1f}), {bits:.3f} bits per byte; {remark}")
+        self.evals_without_gain += 1
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.evals_without_gain = 0
+            keep(self.parts["model"])
+        run = {name: getattr(self, name) for name in self.KEPT}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        with chapter1.replacing(self.folder / "resume.pt") as temporary:
+            torch.save({**run, **states, "config": asdict(self.config)}, temporary)
+        self.write_log(self.folder)
+
+    def write_log(self, folder):
+        """Write log.csv and loss.png. Where a viewer holds them open (Windows), the run goes on."""
+        columns = list(dict.fromkeys(chain.from_iterable(self.log)))
+        try:
+            with chapter1.replacing(folder / "log.csv") as temporary:
+                with open(temporary, "w", encoding="utf-8", newline="") as file:
+                    writer = csv.DictWriter(file, columns, restval="nan")
+                    writer.writeheader()
+                    writer.writerows(self.log)
+            draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
+        except OSError as error:
+            print(f"log.csv and loss.png were not written: {error}")
+
+    def diverged(self, norm):
+        """End the run: from what is no number, nothing can be learnt. Raises CourseError."""
+        folder = self.folder / "diverged"
+        if self.log:
+            self.write_log(folder)
+        raise CourseError(f"after step {self.step} the gradient is {norm}: lower --lr and "
+                          f"--matrix-lr. The curves are in {folder}, the last state in "
+                          f"{self.folder / 'resume.pt'}")
+
+    def finish(self):
+        """Return the log; where a signal stopped the run, end the script with the usual status."""
+        if self.signals:
+            print(f"stopped after step {self.step:,} and saved: --resume goes on")
+            sys.exit(128 + self.signals[0])
+        return self.log
+
+
+def read_checkpoint(folder):
+    """Return what resume.pt in a folder holds. Raises CourseError."""
+    path = folder / "resume.pt"
     try:
-        for step in range(first, min(config.steps, config.stop_at or config.steps)):
-            # 1. The learning rate and dropout's random numbers follow from the step, and need no saving.
-            start, share = time.time(), lr_share(step, config)
-            for name, optimizer in optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = share * (config.matrix_lr if name == "muon" else config.lr)
-            torch.manual_seed(int(np.random.default_rng((config.seed, step, machine.rank)).integers(2**32)))
-            # 2. Gradients of all micro-batches add up to that of the whole step: each loss is a sum over targets,
-            #    divided by the targets of the whole step, not of the micro-batch, which may have fewer.
-            whole = [tensor for tensor in batch(step) if tensor is not None]             # x, y, ...: (R, T) each
-            targets, nats = int((whole[1] != IGNORED).sum()) or 1, torch.zeros((), device=machine.device)
-            mine = [x[machine.rank::machine.world].to(machine.device).split(config.micro_batch) for x in whole]
-            for i, micro_batch in enumerate(zip(*mine), 1):
-                with machine.autocast(), objective.no_sync() if machine.world > 1 and i < len(mine[0]) else nullcontext():
-                    loss = objective(*micro_batch)
-                scaler.scale(loss * machine.world / targets).backward()          # the last also asks the other processes
-                nats += loss.detach()
-            # 3. All processes share the loss, and the reasons to stop, which one alone may know.
-            reasons = torch.tensor([0 < config.patience <= run["worse"], *(n in signals for n in handlers)]).to(nats)
-            for tensor in (nats, reasons) if machine.world > 1 else ():
-                distributed.all_reduce(tensor)
-            # 4. Take out the factor by which `scaler` keeps fp16's small gradients from becoming 0; shorten long ones.
-            for optimizer in optimizers.values():
-                scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf).item()
-            # 5. Move the weights, unless the numbers have left their range (with fp16, that mends itself).
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped > (20 if scaler.is_enabled() else 4):
-                raise CourseError(f"no finite gradient in {skipped} steps: lower --lr and --matrix-lr; the last good "
-                                  f"state {'was not saved' if run['best'] == math.inf else f'is {path}'}")
-            for optimizer in () if skipped else optimizers.values():
-                scaler.step(optimizer)
-            scaler.update()
-            model.zero_grad(set_to_none=True)
-            # 6. Log; now and then evaluate and save.
-            loss, tokens, seconds, run["step"] = nats.item() / targets, whole[0].numel(), time.time() - start, step + 1
-            run["log"].append({"step": step + 1, "tokens": (step + 1) * tokens, "seconds": seconds, "loss": loss,
-                               "val_loss": math.nan, "val_bits_per_byte": math.nan, "grad_norm": norm,
-                               "clipped": norm > config.clip > 0, "lr_share": share, "tokens_per_second": tokens / seconds})
-            if chief and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
-                take_stock(path, run, parts, judge, keep)
-            elif chief and (sys.stdout.isatty() or step == first or (step + 1) % 100 == 0):
-                when = f"{seconds:.1f} s" if step == first else f"{(config.steps - step) * seconds / 60:.0f} min left"
-                print(f"step {step + 1}/{config.steps}: loss {loss:.3f}, gradient {norm:.2f}, {tokens / seconds:,.0f} "
-                      f"tokens/s, {when}", end="\x1b[K\r" if sys.stdout.isatty() else "\n", flush=True)
-            if reasons.any():
-                break
-        if chief and run["step"] < config.steps:
-            save_run(path, run, parts)
-            print(f"stopped after step {run['step']}: --resume goes on from {path}")
-    except (RuntimeError, OSError) as error:
-        words, half = str(error), max(1, config.micro_batch // 2)
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and run["step"] == first:
-            print(f"not compiled, a third slower: {words.splitlines()[0]}")
-            return train(model, batch, config, replace(machine, compile=False), folder, judge, keep, facts, saved)
-        if "out of memory" in words or "can't allocate memory" in words:                     # of a GPU, of a CPU
-            raise CourseError(f"out of memory with --micro-batch {config.micro_batch}: {half} needs half, and twice as "
-                              "many of them make the same step; a smaller --context helps too") from None
-        if isinstance(error, OSError) or "unexpected pos" in words:                          # torch's full disk
-            raise CourseError(f"cannot write {path.parent} ({error}): what is there is whole, see --resume") from None
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        objective = None                                       # else DDP keeps the processes connected to the very end,
-        gc.collect()                                           # when gloo's threads can only abort
-    if run["step"] < config.steps and not reasons[0]:          # stopped by a signal or --stop-at, not by patience
-        sys.exit(130 if reasons[1] else 143 if reasons[2] else 0)
-    return run["log"]
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                     # it may be damaged in many ways
+        raise CourseError(f"no run can be resumed from {path} ({type(error).__name__}): leave "
+                          "--resume out") from None
 
 
-# ---- The script ----------------------------------------------------------------------------------
-@dataclass
-class Config(TrainingConfig):
-    preset: str | None = None  # shape of the model, see 03_model.py --help (default: by the device)
-    context: int | None = None  # tokens of a row
-    dropout: float | None = None  # share of activations dropped in training, for small data read often
-    eval_tokens: int = 65536  # held-out tokens looked at in each evaluation
-    compare: list[str] = field(default_factory=list)  # root folders whose runs to draw in one picture; no training
+def resumed_settings(folder, given):
+    """Return the settings of the run in a folder. Raises CourseError if flags contradict them."""
+    settings = read_checkpoint(folder)["config"]
+    for name, value in given.items():
+        free = name in ("resume", "out", "device", "patience", "compile", "test")
+        if not free and value != settings.get(name):
+            raise CourseError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, "
+                              f"which has {settings.get(name)}: leave one of the two flags out")
+    return settings
 
 
 def save_folder(model, tokenizer, folder, stops, template=""):
-    """Write weights, config, tokenizer and generation_config.json: a folder that transformers opens."""
+    """Write weights, config, tokenizer and generation_config.json, for transformers and vLLM."""
+    folder = Path(folder)
     model.save(folder)
     tokenizer.save(folder)
-    ids = dict.fromkeys(("bos_token_id", "pad_token_id"), tokenizer.special_tokens.get(chapter1.END_OF_TEXT))
-    chapter1.write_json(Path(folder) / "generation_config.json", {**ids, "eos_token_id": stops})
+    end = tokenizer.special_tokens.get(tokenizer.end)
+    chapter1.write_json(folder / "generation_config.json",
+                        {"bos_token_id": end, "pad_token_id": end, "eos_token_id": stops})
     if template:
-        with replacing(Path(folder) / "chat_template.jinja") as temporary:
+        with chapter1.replacing(folder / "chat_template.jinja") as temporary:
             temporary.write_text(template, encoding="utf-8")
 
 
-def start_model(config, vocab_size, saved_shape):
-    """Return the model of a checkpoint, of --init, or of the preset's shape, with V a multiple of 64 for speed."""
-    given = {name: getattr(config, name) for name in ("context", "dropout") if getattr(config, name) is not None}
-    if config.init and given:
-        raise CourseError(f"--{min(given)} belongs to the model of --init: leave it out")
-    shape = {**chapter3.PRESETS[config.preset], "vocab_size": -(-vocab_size // 64) * 64, **given, **saved_shape}
-    shape = chapter3.GPTConfig(**{**shape, "attention": config.attention})                   # checks them, too
-    model = GPT.load(config.init) if config.init and not saved_shape else GPT(shape)
-    model.config.attention = config.attention
-    return model
-
-
-def main(config):
-    """Train on out/data and keep the best model in out/base."""
-    out, folder = Path(config.out), Path(config.out) / "base"
-    if config.compare:
-        draw_curves({root: Path(root) / "base" / "log.csv" for root in config.compare}, out / "compare.png")
-        return print(f"drew {out / 'compare.png'}")
-    saved, config = read_checkpoint(folder / "resume.pt", config) if config.resume else (None, config)
-    machine = choose_machine(config)
-    preset = config.preset or ("small" if machine.device.type == "cpu" else "gpu")
-    if preset not in chapter3.PRESETS:
-        raise CourseError(f"--preset {preset}: choose one of {', '.join(chapter3.PRESETS)}")
-    recipe = RECIPES.get(preset, RECIPES["124m"]).items()
-    config = replace(config, preset=preset, **{name: value for name, value in recipe if getattr(config, name) is None})
-    tokenizer = chapter1.Tokenizer.load(own := config.init or out / "tokenizer")
-    opened = {split: chapter2.open_tokens(out / "data", split) for split in ("train", "val", "test")}
-    texts, meta = {split: tokens for split, (tokens, _) in opened.items()}, opened["train"][1]
-    if meta["fingerprint"] != tokenizer.fingerprint():
-        raise CourseError(f"{out}/data has other tokens: run 02_data.py --tokenizer {own} --out {out}")
-    torch.manual_seed(config.seed)
-    model = start_model(config, tokenizer.vocab_size, saved["model_config"] if saved else {}).to(machine.device)
-    T, V, R = model.config.context, model.config.vocab_size, max(1, config.batch_tokens // model.config.context)
-    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, V))
-    if machine.rank == 0:
-        loss, _ = evaluate(model, machine, texts["val"], bytes_of, T)                         # fails early, if it does
-        print(f"preset {preset}, {sum(p.numel() for p in model.parameters()):,} parameters; {config.steps:,} steps of "
-              f"{R} x {T} tokens; the loss is {loss:.2f} now (a guess among {V:,} tokens: {math.log(V):.2f})")
-    batch = lambda step: (*map(torch.from_numpy, chapter2.get_batch(texts["train"], step, R, T, config.seed)), None)
-    judge = lambda model: (*evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens),
-                           repr(tokenizer.decode(sample(model, texts["val"][:8].tolist(), 24, vocab=tokenizer.vocab_size))))
-    keep = lambda model: save_folder(model, tokenizer, folder, [tokenizer.special_tokens[chapter1.END_OF_TEXT]])
-    facts = {"tokenizer": tokenizer.fingerprint(), "data": meta["splits"]}
-    train(model, batch, config, machine, folder, judge, keep, facts, saved)
-    if machine.rank > 0:
-        return
-    for split in [split for split in ("val", "test") if len(texts[split]) > T]:
-        loss, bits = evaluate(GPT.load(folder).to(machine.device), machine, texts[split], bytes_of, len(texts[split]))
-        print(f"{split}: loss {loss:.4f}, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte")
-    print(f"saved {folder}; next: python 05_sample.py")
-
-
 if __name__ == "__main__":
-    chapter1.run(main, Config, __doc__)
+    chapter1.run(main, Config, __doc__ + chapter3.describe_presets(), defaults_for)
