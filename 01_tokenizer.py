@@ -101,7 +101,7 @@ def learn_merges_naive(chunks, how_many):
     return merges
 
 
-# ---- Training, for real: the same merges, thousands of times sooner ------------------------------
+# ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
 # A merge changes only the pairs beside it. So all chunks are laid side by side with a GAP between
 # them, pairs are counted once, and for each pair its positions are kept: a merge visits those and
 # corrects the counts there. Tokens never move: a long one's id stands at its first and last byte.
@@ -177,7 +177,7 @@ def learn_merges(chunks, how_many):
 class Tokenizer:
     """Text to ids and back, by merges. It is made of `data`, what tokenizer.json holds (see Tools).
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
-    {text: id}; end: the special one after a document; first: an id wanted before each text."""
+    {text: id}; end: the one of them after a document; first: an id before each text, or None."""
     def __init__(self, data):
         self.data = data
         self.tokens, self.merges, self.special_tokens, patterns = read_tokenizer(data)
@@ -196,22 +196,22 @@ class Tokenizer:
         self._char_of_byte = {token[0]: char[token] for token in char if len(token) == 1}
         self._merged = {char[a] + char[b]: char[a + b] for a, b in self.merges}
         self._rank = {pair: rank for rank, pair in enumerate(self._merged)}
-        self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks come back
+        self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
         """Return the ids of one chunk: apply the merges in the order in which they were learnt."""
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        text = "".join([self._char_of_byte[byte] for byte in whole])
-        if len(text) > 1000:                               # rare: all merges, one after the other
+        chars = "".join([self._char_of_byte[byte] for byte in whole])
+        if len(chars) > 1000:                              # rare: all merges, one after the other
             for pair, merged in self._merged.items():
-                text = text.replace(pair, merged)
-        # The same, but only merges whose pair is in the text: of those, always the first.
-        while pairs := self._merged.keys() & {a + b for a, b in zip(text, text[1:])}:
+                chars = chars.replace(pair, merged)
+        # The same, but only merges whose pair is in the chunk: of those, always the first.
+        while pairs := self._merged.keys() & {a + b for a, b in zip(chars, chars[1:])}:
             first = min(pairs, key=self._rank.get)
-            text = text.replace(first, self._merged[first])
-        return list(map(ord, text))
+            chars = chars.replace(first, self._merged[first])
+        return list(map(ord, chars))
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
@@ -267,7 +267,7 @@ NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 
 
 def find_files(name, downloads):
-    """Return the files of "python" (its own library), of a file, folder or glob, of a download."""
+    """Return the files of "python" (its library less tests), a file, folder, glob or download."""
     if name == "python":
         library = Path(os.__file__).parent
         return sorted(file for file in library.rglob("*.py")
@@ -310,7 +310,7 @@ def read_source(source, downloads="out/downloads"):
 
 
 def split_of(text):
-    """The hash of a text decides: 85% "train", 5% "val" to choose by, 10% "test" for the end."""
+    """By the text's hash, so for ever: 85% "train", 5% "val" to choose by, 10% "test" at last."""
     point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8      # in [0, 1)
     if point < 0.85:
         return "train"

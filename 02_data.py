@@ -45,6 +45,8 @@ read_json = chapter1.read_json
 # Legend
 #   B   batch: how many sequences are read at once
 #   T   time: the tokens of one sequence, also called the context
+#   V   vocabulary: how many ids there are
+#   split      "train" to learn from, "val" to choose settings by, "test" for the end, read once
 #   step       one update of the model's weights; it reads one batch
 #   epoch      one pass over all sequences of the train split
 # `download` is a tool: it stands at the file's end.
@@ -233,7 +235,7 @@ class Config:
 
 
 def choose_source(config):
-    """Return what --source says, else what chapter 1 learnt from; see to the tokenizer."""
+    """Return what --source says, else what chapter 1 learnt from; put --tokenizer in place."""
     folder = Path(config.out) / "tokenizer"
     kept = folder / "source.json"
     source = config.source

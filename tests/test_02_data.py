@@ -1,17 +1,13 @@
-"""Chapter 2: cleaning, splits, downloads, encoding, batches."""
+"""Chapter 2: cleaning, encoding, batches, the script, downloads."""
 import doctest
 import hashlib
 import http.server
-import json
-import os
 import random
 import subprocess
 import sys
 import threading
-import zipfile
 from collections import Counter
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 chapter1, chapter2 = import_module("01_tokenizer"), import_module("02_data")
-CourseError, END_OF_TEXT = chapter1.CourseError, chapter1.END_OF_TEXT
-SPLITS = ("train", "val", "test")
+CourseError, END_OF_TEXT, SPLITS = chapter1.CourseError, chapter1.END_OF_TEXT, chapter2.SPLITS
 
 
 def make_texts(count, words=60, seed=0):
@@ -38,42 +33,24 @@ def tokenizer():
 @pytest.fixture
 def root(tokenizer, tmp_path):
     """A root folder of the course in which chapter 1 has run on the folder texts/ of 60 files."""
+    (tmp_path / "texts").mkdir()
     for i, text in enumerate(make_texts(60)):
-        (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{i:02}.txt").write_text(text, encoding="utf-8")
-    save_as_chapter_1(tokenizer, tmp_path, [str(tmp_path / "texts")])
+    tokenizer.save(tmp_path / "tokenizer")
+    chapter1.write_json(tmp_path / "tokenizer" / "source.json", [str(tmp_path / "texts")])
     return tmp_path
 
 
-def save_as_chapter_1(tokenizer, out, source):
-    tokenizer.save(out / "tokenizer")
-    chapter1.write_json(out / "tokenizer" / "source.json", {"source": source, "fingerprint": tokenizer.fingerprint()})
-
-
-def encode(documents, out, workers=1, dropped=()):
-    """Encode (split, text) pairs with the tokenizer in `out`, to out/data."""
-    return chapter2.encode_documents(documents, out / "tokenizer", out / "data", workers,
-                                     {"source": ["made here"], "dropped": dropped})
+def encode(documents, out, workers=1):
+    return chapter2.write_tokens(documents, out / "tokenizer", out / "data", workers)
 
 
 def files_in(folder):
-    """Return {name: bytes} of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run(*flags, out):
-    """Run the chapter in a process of its own; return its result."""
-    return subprocess.run([sys.executable, str(ROOT / "02_data.py"), "--out", str(out), "--workers", "1", *map(str, flags)],
-                          capture_output=True, text=True, encoding="utf-8", env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-
-
-def assert_one_error(result, *parts):
-    """The run failed with status 1 and one line that holds all the parts."""
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error:"), lines
-    for part in parts:
-        assert part in lines[0], (part, lines[0])
+def main(root, *source, **settings):
+    chapter2.main(chapter2.Config(source=list(map(str, source)), out=str(root), workers=0, **settings))    # 0 is 1
 
 
 def test_doctests():
@@ -81,217 +58,37 @@ def test_doctests():
     assert result.failed == 0 and result.attempted > 0
 
 
-# ---- Downloads -----------------------------------------------------------------------------------
-
-def zipped(name, text):
-    memory = BytesIO()
-    with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, text)
-    return memory.getvalue()
-
-
-@pytest.fixture
-def site(monkeypatch):
-    """A web server on this machine; returns (its address, {path: (status, body, announced length)}, [paths asked for])."""
-    pages, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            status, body, length = pages.get(self.path, (404, b"", 0))
-            self.send_response(status)
-            if length is not None:
-                self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", pages, asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-BODY = b"once upon a time\n" * 100_000                         # 1.7 MB: more than one block
-
-
-def table_of(url, body=BODY):
-    return {"name": (url, hashlib.sha256(body).hexdigest(), "public domain")}
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
-def test_download_keeps_the_file_under_its_name(site, tmp_path, suffix, capsys):
-    address, pages, asked = site
-    pages["/input" + suffix] = 200, BODY, len(BODY)
-    table = table_of(f"{address}/input{suffix}")
-    path = chapter2.download("name", tmp_path / "new", table)
-    assert path == tmp_path / "new" / f"name{suffix}" and path.read_bytes() == BODY
-    assert files_in(tmp_path / "new").keys() == {path.name}
-    printed = capsys.readouterr().out
-    assert address in printed and "public domain" in printed and "MB/s" in printed and "\r" not in printed
-    assert chapter2.download("name", tmp_path / "new", table) == path and len(asked) == 1     # not fetched again
-
-
-def test_download_of_unannounced_length(site, tmp_path):
-    address, pages, _ = site
-    pages["/input.txt"] = 200, BODY, None
-    assert chapter2.download("name", tmp_path, table_of(f"{address}/input.txt")).read_bytes() == BODY
-
-
-def test_download_unpacks_a_zip(site, tmp_path):
-    address, pages, _ = site
-    body = zipped("name", BODY)
-    pages["/name.zip"] = 200, body, len(body)
-    path = chapter2.download("name", tmp_path, table_of(f"{address}/name.zip", body))
-    assert path == tmp_path / "name.txt" and path.read_bytes() == BODY
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("page, why", [
-    ((200, BODY[:-1] + b"x", len(BODY)), "sha256"),            # another text
-    ((404, b"", 0), "404"),
-    ((200, BODY[:1_000_000], len(BODY)), "1000000 of 1700000 bytes"),     # the connection broke
-    ((200, b"", 0), "sha256"),
-    (None, "refused")], ids=["wrong", "missing", "truncated", "empty", "no server"])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why):
-    address, pages, _ = site
-    url = f"{address}/input.txt" if page else "http://127.0.0.1:1/input.txt"
-    pages["/input.txt"] = page
-    with pytest.raises(CourseError) as caught:
-        chapter2.download("name", tmp_path, table_of(url))
-    message = str(caught.value)
-    assert url in message and why in message and str(tmp_path / "name.txt") in message and "Python's own library" in message
-    assert "\n" not in message and not list(tmp_path.iterdir())
-
-
-def test_a_download_replaces_nothing_that_was_put_there_by_hand(tmp_path):
-    (tmp_path / "name.txt").write_text("by hand", encoding="utf-8")
-    path = chapter2.download("name", tmp_path, table_of("http://127.0.0.1:1/input.txt"))
-    assert path.read_text(encoding="utf-8") == "by hand"
-
-
-def test_the_table_of_downloads_is_well_formed():
-    assert not chapter2.DOWNLOADS.keys() & chapter2.CONVERSATIONS.keys()
-    for url, sha256, about in [*chapter2.DOWNLOADS.values(), *chapter2.CONVERSATIONS.values()]:
-        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and ("MB" in about or "GB" in about)
-
-
-def test_conversations_are_no_text_to_learn_from(tmp_path):
-    with pytest.raises(CourseError, match="06_finetune.py --conversations dolly"):
-        chapter2.main(chapter2.Config(source=["dolly"], out=str(tmp_path)))
-
-
-def test_a_download_and_then_chapter_1(tokenizer, tmp_path):
-    """--source NAME: first the text, then the word to run chapter 1 on it, then the rest."""
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads" / "shakespeare.txt").write_text("\n".join(make_texts(40)), encoding="utf-8")
-    command = "python 01_tokenizer.py --source shakespeare"
-    assert_one_error(run("--source", "shakespeare", out=tmp_path), command)
-    save_as_chapter_1(tokenizer, tmp_path, ["shakespeare"])
-    result = run("--source", "shakespeare", out=tmp_path)
-    assert result.returncode == 0 and command not in result.stdout, result.stderr
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress(terminal, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    items = [b"a" * 1_000_000] * 3
-    assert list(chapter2.watched(iter(items), "read", 3_000_000)) == items
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "3.0 MB" in printed and "MB/s" in printed
-    assert printed.count("\r") == (3 if terminal else 0)       # one line that is written over
-    assert printed.count(" s left") == (2 if terminal else 0)
-
-
-@pytest.mark.parametrize("metadata, licence", [
-    ("License-Expression: MIT\n", "MIT"), ("License: BSD\n        and more\n", "BSD"),
-    ("Classifier: Private\nClassifier: License :: OSI Approved :: Apache\nLicense-File: LICENSE\n", "Apache"),
-    ("License: =====\nClassifier: License :: BSD\n", "BSD"), ("", "not stated")])
-def test_packages_are_listed_with_their_licences(tmp_path, capsys, metadata, licence):
-    folder = tmp_path / "thing-1.5.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: thing\nVersion: 1.5\n{metadata}", encoding="utf-8")
-    chapter2.print_packages(str(tmp_path))
-    first, line = capsys.readouterr().out.splitlines()
-    assert "private" in first and line.startswith("  thing 1.5: ") and line.endswith(licence)
-
-
-# ---- Cleaning ------------------------------------------------------------------------------------
-
+# ---- Cleaning
 def clean(*texts):
-    """Return (cleaned texts, changed, dropped) of texts that are all in the train split."""
-    changed, dropped = {}, Counter()
-    return [text for _, text in chapter2.clean((("train", text) for text in texts), changed, dropped)], changed, dropped
+    changed, dropped = Counter(), Counter()
+    cleaned = chapter2.clean((("train", text) for text in texts), changed, dropped)
+    return [text for _, text in cleaned], changed, dropped
 
 
-@pytest.mark.parametrize("rule, before, after", [
-    ("newlines", "a\r\nb\rc\n", "a\nb\nc\n"),
-    ("control characters", "\ufeffa\x00b\x1b[0m\x7f\tc\x0c\n", "ab[0m\tc\x0c\n"),      # tab and form feed stay
-    ("Unicode (NFC)", "cafe\u0301", "caf\u00e9")])
-def test_rules(rule, before, after):
-    end = " and some more text"
-    assert chapter2.RULES[rule](before) == after
-    texts, changed, _ = clean(before + end)
-    assert texts == [after + end] and changed.keys() == {rule} and changed[rule][0] == 1
-
-
-def test_clean_text_stays_as_it_is_letter_for_letter():
-    text = "Polish and polish, True and true:\n\n\tA  b \u00e9 \u4f60\u597d \U0001f600 <|endoftext|> " + END_OF_TEXT
-    texts, changed, dropped = clean(text)
-    assert texts == [text] and not changed and not dropped
-
-
-def test_cleaning_shows_the_place_it_changed_and_counts_documents():
-    texts, changed, _ = clean("x" * 50 + "\r\n" + "y" * 50, "one line\r\nand another\r\n", "nothing to see here at all")
-    assert changed == {"newlines": [2, "x" * 9 + "\r\n" + "y" * 7, "x" * 9 + "\n" + "y" * 8]} and len(texts) == 3
+@pytest.mark.parametrize("before, after", [
+    ("a\r\nb\rc\n", "a\nb\nc\n"), ("cafe\u0301", "caf\u00e9"),
+    ("\ufeffa\x00b\x1b[0m\x7f\tc\x0c\n", "ab[0m\tc\x0c\n")])   # tab and form feed stay
+def test_each_rule_mends_and_is_counted(before, after):
+    text = " and some more text"
+    cleaned, changed, dropped = clean(before + text, text + before, "nothing to see here at all")
+    assert cleaned == [after + text, text + after, "nothing to see here at all"]
+    assert [*changed.values()] == [2] and not dropped          # by one rule, in two documents
+    good = "Polish and polish, True and true:\n\n\tA  b \u00e9 \u4f60\u597d \U0001f600 <|endoftext|> " + END_OF_TEXT
+    assert clean(good) == ([good], {}, {})                     # stays as it is, letter for letter
 
 
 def test_duplicates_and_short_documents_are_dropped_and_counted():
     one, other = "the first document of all", "the second document of all"
-    texts, _, dropped = clean(one, other, one, "too short", "", one.replace(" ", "\r\n"), one.replace(" ", "\n"),
-                              " " * 50 + "short" + "\n" * 50)
+    texts, _, dropped = clean(one, other, one, "too short", "", one.replace(" ", "\r\n"), one.replace(" ", "\n"), " " * 50 + "short" + "\n" * 50)
     assert texts == [one, other, one.replace(" ", "\n")]       # equal after cleaning is equal
-    assert dropped == {"duplicate": 2, "under 20 characters": 3}
+    assert sorted(dropped.values()) == [2, 3] and dropped["duplicate"] == 2
+    texts = make_texts(300)                                    # in one split only, even if there are copies with other line ends
+    copies = chapter1.split_documents([copy for text in texts for copy in (text, text.replace("\n", "\r\n"))])
+    cleaned = list(chapter2.clean(copies, Counter(), Counter()))
+    assert sorted(text for _, text in cleaned) == sorted(texts) and {split for split, _ in cleaned} == set(SPLITS)
 
 
-def test_a_document_is_in_one_split_only():
-    """A text held out never occurs in train, even if it came with other line ends."""
-    texts = make_texts(300)
-    both = [t for text in texts for t in (text, text.replace("\n", "\r\n"), text)]
-    cleaned = list(chapter2.clean(chapter1.split_documents(both), {}, Counter()))
-    assert sorted(text for _, text in cleaned) == sorted(texts)
-
-
-# ---- Splits --------------------------------------------------------------------------------------
-
-def test_splits_go_by_hash_whatever_the_order():
-    texts = make_texts(4000, words=5)
-    ordered = dict((text, split) for split, text in chapter1.split_documents(texts))
-    shuffled = dict((text, split) for split, text in chapter1.split_documents(random.Random(1).sample(texts, len(texts))))
-    assert ordered == shuffled
-    shares = {split: 100 * n / 4000 for split, n in Counter(ordered.values()).items()}
-    assert abs(shares["train"] - 85) < 2 and abs(shares["val"] - 5) < 1.5 and abs(shares["test"] - 10) < 2
-
-
-@pytest.mark.parametrize("count", [1, 2, 19])
-def test_few_documents_are_split_by_their_tail(count):
-    texts = make_texts(count)
-    parts = list(chapter1.split_documents(texts))
-    assert "".join(text for _, text in parts) == "".join(texts)            # in order, nothing lost
-    splits = [split for split, _ in parts]
-    assert splits == sorted(splits) and set(splits) == {"train", "val"}    # first all of train, then all of val
-    whole = len("".join(texts))
-    assert sum(len(text) for split, text in parts if split == "train") == int(0.9 * whole)
-
-
-# ---- Encoding ------------------------------------------------------------------------------------
-
+# ---- Encoding
 def test_files_hold_the_documents_in_order_each_with_an_end(root, tokenizer):
     documents = list(chapter1.split_documents(make_texts(200)))
     totals = encode(documents, root)
@@ -300,186 +97,97 @@ def test_files_hold_the_documents_in_order_each_with_an_end(root, tokenizer):
         texts = [text for s, text in documents if s == split]
         tokens, meta = chapter2.open_tokens(root / "data", split)
         assert tokens.tolist() == [i for text in texts for i in (*tokenizer.encode(text), end)]
-        assert totals[split] == meta["splits"][split] == {
-            "documents": len(texts), "tokens": len(tokens), "bytes": len("".join(texts).encode())}
-    assert meta["fingerprint"] == tokenizer.fingerprint() and meta["source"] == ["made here"]
+        assert totals[split] == meta["splits"][split] == {"documents": len(texts), "tokens": len(tokens), "bytes": len("".join(texts).encode())}
+    assert meta["fingerprint"] == tokenizer.fingerprint()
+    encode([("train", f"before {END_OF_TEXT} and after {END_OF_TEXT}")], root)         # text never becomes a separator
+    assert chapter2.open_tokens(root / "data", "train")[0].tolist().count(end) == 1
 
 
-def test_text_never_becomes_a_separator(root, tokenizer):
-    encode([("train", f"before {END_OF_TEXT} and after {END_OF_TEXT}")], root)
-    tokens, _ = chapter2.open_tokens(root / "data", "train")
-    assert tokens.tolist().count(tokenizer.special_tokens[END_OF_TEXT]) == 1
-
-
-def test_the_result_does_not_depend_on_the_workers(root):
-    documents = list(chapter1.split_documents(make_texts(700, words=700)))             # some 5 jobs
-    assert len(list(chapter2.jobs_of(documents))) > 3
+def test_the_files_are_the_same_for_any_number_of_workers(root):
     written = []
     for workers in (1, 2, 3):
-        encode(documents, root, workers)
+        encode(chapter1.split_documents(make_texts(1100, words=20)), root, workers)    # more than wait at once
         written.append(files_in(root / "data"))
-    assert written[0] == written[1] == written[2] and written[0].keys() == {"meta.json", "train.bin", "val.bin", "test.bin"}
-
-
-def test_jobs_are_all_documents_in_order_in_bounded_pieces():
-    documents = [("train", "a" * n) for n in (1, 5, 100, 3, 7, 1, 1, 1)]
-    jobs = list(chapter2.jobs_of(documents, size=10))
-    assert [document for job in jobs for document in job] == documents
-    assert all(sum(len(text) for _, text in job[:-1]) < 10 for job in jobs) and len(jobs) == 3
+    assert written[0] == written[1] == written[2] and len(written[0]["train.bin"]) > 10_000
 
 
 @pytest.mark.parametrize("end, dtype", [(2**16 - 1, "uint16"), (2**16, "uint32")])
 def test_large_vocabularies_get_wider_integers(tokenizer, tmp_path, end, dtype):
-    """The separator has the highest id: it must come back from the file."""
-    data = json.loads(json.dumps(tokenizer.data))
-    data["added_tokens"] = [{**data["added_tokens"][0], "id": end}]
-    save_as_chapter_1(chapter1.Tokenizer(data), tmp_path, [])
+    data = {**tokenizer.data, "added_tokens": [chapter1.special_json(END_OF_TEXT, end)]}
+    chapter1.Tokenizer(data).save(tmp_path / "tokenizer")
     encode([("train", "the only document of all")], tmp_path)
     tokens, meta = chapter2.open_tokens(tmp_path / "data", "train")
     assert tokens.dtype == meta["dtype"] == dtype and tokens[-1] == end
 
 
-def test_a_failure_in_the_middle_leaves_the_old_files_whole(root):
-    encode([("train", text) for text in make_texts(20)], root)
-    before = files_in(root / "data")
-
-    def documents():
-        yield from (("train", text) for text in make_texts(300, words=1000, seed=1))
+def test_an_encoding_that_dies_leaves_no_meta_json(root):
+    """So nobody trains on half of the text."""
+    def failing():
+        yield from (("train", text) for text in make_texts(1100, seed=1))
+        assert (root / "data" / "train.bin").exists() and not (root / "data" / "meta.json").exists()   # were it killed here
         raise CourseError("the disk is gone")
 
-    for workers in (1, 2):
-        with pytest.raises(CourseError, match="the disk is gone"):
-            encode(documents(), root, workers)
-        assert files_in(root / "data") == before                # nor is anything left beside them
+    for documents, why in ((failing(), "the disk is gone"), ([("val", "held out")], "nothing to train on")):
+        encode([("train", text) for text in make_texts(20)], root)
+        with pytest.raises(CourseError, match=why):
+            encode(documents, root)
+        with pytest.raises(CourseError, match="02_data.py"):
+            chapter2.open_tokens(root / "data", "train")
 
 
-KILLED = """
-import os, signal, sys
-from importlib import import_module
-from pathlib import Path
-chapter2 = import_module("02_data")
-def documents():
-    for i in range(4):
-        yield "train", f"document {i}: " + "some words that take their time " * 20_000
-    print("half way", flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-out = Path(sys.argv[1])
-chapter2.encode_documents(documents(), out / "tokenizer", out / "data", 1, {"source": [], "dropped": {}})
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-def test_a_kill_in_the_middle_leaves_the_old_files_whole(root):
-    encode([("train", text) for text in make_texts(20)], root)
-    before = files_in(root / "data")
-    result = subprocess.run([sys.executable, "-c", KILLED, str(root)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == -9 and "half way" in result.stdout, result.stderr
-    after = files_in(root / "data")
-    assert {name: after[name] for name in before} == before
-    encode([("train", text) for text in make_texts(30)], root)  # and the next run is not disturbed
-    assert len(chapter2.open_tokens(root / "data", "train")[0]) > 0
-
-
-FAILING = """
-import sys
-from importlib import import_module
-from pathlib import Path
-chapter2 = import_module("02_data")
-out = Path(sys.argv[1])
-documents = (("train", f"z {i} " + "some words " * 50_000) for i in range(40))
-try:
-    chapter2.encode_documents(documents, out / "tokenizer", out / "data", 2, {"source": [], "dropped": {}})
-except chapter2.CourseError as error:
-    print(error)
-"""
-
-
-def test_an_error_in_a_worker_ends_the_run(tokenizer, tmp_path):
-    """Even while more jobs wait than there are workers: it must not hang."""
-    data = json.loads(json.dumps(tokenizer.data))
-    data["model"]["merges"] = []
-    data["model"]["vocab"] = {token: i for token, i in data["model"]["vocab"].items() if i < 256 and token != "z"}
-    save_as_chapter_1(chapter1.Tokenizer(data), tmp_path, [])
-    result = subprocess.run([sys.executable, "-c", FAILING, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert "no token for the byte" in result.stdout, result.stderr
-    assert not list((tmp_path / "data").iterdir())
-
-
-def test_nothing_to_train_on_leaves_the_old_files_whole(root):
-    encode([("train", text) for text in make_texts(20)], root)
-    before = files_in(root / "data")
-    with pytest.raises(CourseError, match="made here.*3"):
-        encode([("val", "held out text alone")], root, dropped={"too short": 3})
-    assert files_in(root / "data") == before
-
-
-# ---- Opening the files ---------------------------------------------------------------------------
-
-def test_tokens_are_mapped_not_read(root):
-    encode([("train", text) for text in make_texts(20)], root)
-    tokens, _ = chapter2.open_tokens(root / "data", "train")
-    assert isinstance(tokens, np.memmap)
-    empty, _ = chapter2.open_tokens(root / "data", "test")
-    assert len(empty) == 0
+def test_an_error_in_a_worker_ends_the_run_and_does_not_hang(tokenizer, tmp_path):
+    vocab = {token: i for token, i in tokenizer.data["model"]["vocab"].items() if token != "z" and i < 256}
+    chapter1.Tokenizer({**tokenizer.data, "model": {"vocab": vocab, "merges": []}}).save(tmp_path / "tokenizer")
+    with pytest.raises(KeyError):                              # no token for the byte of z
+        encode([("train", f"z {i} " + "some words " * 1000) for i in range(40)], tmp_path, workers=2)
+    assert not (tmp_path / "data" / "meta.json").exists()
 
 
 @pytest.mark.parametrize("name, content", [
-    ("train.bin", b"\0\0"), ("train.bin", b"\0\0\0"), ("train.bin", b""), ("train.bin", None), ("meta.json", None),
-    ("meta.json", b"{"), ("meta.json", b"{}"), ("meta.json", b"[]"), ("meta.json", b'{"splits": {"train": 3}}')])
+    *[("train.bin", content) for content in (None, b"", b"\0\0", b"\0\0\0")],
+    *[("meta.json", content) for content in (None, b"{", b"{}", b"[]", b'{"splits": {"train": 3}}')]])
 def test_damaged_files_are_one_clear_error(root, name, content):
     encode([("train", text) for text in make_texts(20)], root)
+    assert isinstance(chapter2.open_tokens(root / "data", "train")[0], np.memmap)      # mapped, not read
     path = root / "data" / name
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(CourseError, match="02_data.py"):
         chapter2.open_tokens(root / "data", "train")
 
 
-# ---- Batches -------------------------------------------------------------------------------------
-
-TOKENS = np.arange(1000, 1000 + 10 * 24 + 7, dtype=np.uint16)  # 24 blocks of 10, a rest of 6 and the last target
+# ---- Batches
+TOKENS = np.arange(1000, 1000 + 10 * 24 + 7, dtype=np.uint16)  # 24 sequences of 10, a rest of 6 and the last target
 
 
 def test_targets_are_the_inputs_moved_by_one():
+    x, y = chapter2.get_batch(np.arange(11), 0, B=3, T=10)     # one sequence is enough, one token less is an error
+    assert x.tolist() == [list(range(10))] * 3 and y.tolist() == [list(range(1, 11))] * 3
+    for tokens in (np.arange(10), np.zeros(0, np.uint16)):
+        with pytest.raises(CourseError, match=rf"\b{len(tokens)} tokens.*context of 10\b.*--context"):
+            chapter2.get_batch(tokens, 0, B=3, T=10)
     for step in range(20):
         x, y = chapter2.get_batch(TOKENS, step, B=5, T=10, seed=3)
         assert x.shape == y.shape == (5, 10) and x.dtype == y.dtype == np.int64
-        assert (x[:, 1:] == y[:, :-1]).all()
-        assert (y == x + 1).all()                              # TOKENS counts up, so that is the next token
+        assert (x[:, 1:] == y[:, :-1]).all() and (y == x + 1).all()        # TOKENS counts up
 
 
 @pytest.mark.parametrize("B", [1, 5, 8, 24, 50])
-def test_each_block_comes_once_an_epoch(B):
+def test_each_sequence_comes_once_an_epoch(B):
     starts = [row[0] for step in range(5 * 24) for row in chapter2.get_batch(TOKENS, step, B, 10)[0].tolist()]
-    blocks = list(range(1000, 1240, 10))
+    in_order = list(range(1000, 1240, 10))
     epochs = [starts[i:i + 24] for i in range(0, 24 * (len(starts) // 24), 24)]
-    assert all(sorted(epoch) == blocks for epoch in epochs)
-    assert len(set(map(tuple, epochs[:5]))) == 5 and blocks not in epochs[:5]         # each in an order of its own
+    assert all(sorted(epoch) == in_order for epoch in epochs)
+    assert len(set(map(tuple, epochs[:5]))) == 5 and in_order not in epochs[:5]        # each in an order of its own
 
 
 def test_batches_depend_on_seed_and_step_alone():
     first = [chapter2.get_batch(TOKENS, step, 4, 10, seed=1)[0] for step in range(12)]
-    chapter2.block_order.cache_clear()                         # nothing is kept from one call to the next
+    chapter2.sequence_order.cache_clear()                      # nothing is kept from one call to the next
     again = [chapter2.get_batch(TOKENS, step, 4, 10, seed=1)[0] for step in reversed(range(12))][::-1]
     other = [chapter2.get_batch(TOKENS, step, 4, 10, seed=2)[0] for step in range(12)]
     assert np.array_equal(first, again) and not np.array_equal(first, other)
-    assert np.array_equal(np.concatenate(first), np.concatenate(           # the size of a batch only cuts the same order
-        [chapter2.get_batch(TOKENS, step, 8, 10, seed=1)[0] for step in range(6)]))
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_share_the_blocks_of_an_epoch(world):
-    """Rank r takes the rows r, r + world, ... of every batch (chapter 4)."""
-    seen = [[row[0] for step in range(2) for row in chapter2.get_batch(TOKENS, step, 12, 10)[0][rank::world].tolist()]
-            for rank in range(world)]
-    assert sum(map(len, seen)) == len(set().union(*seen)) == 24
-
-
-def test_a_split_of_one_block_is_enough_and_one_less_is_an_error():
-    x, y = chapter2.get_batch(np.arange(11), 0, 3, 10)
-    assert x.tolist() == [list(range(10))] * 3 and y[0].tolist() == list(range(1, 11))
-    for tokens in (np.arange(10), np.zeros(0, np.uint16)):
-        with pytest.raises(CourseError, match=rf"\b{len(tokens)} tokens.*context of 10\b"):
-            chapter2.get_batch(tokens, 0, 3, 10)
+    larger = [chapter2.get_batch(TOKENS, step, 8, 10, seed=1)[0] for step in range(6)]
+    assert np.array_equal(np.concatenate(first), np.concatenate(larger))               # a batch only cuts the same order
 
 
 def test_sizes_of_tokens_add_up_to_the_text(tokenizer):
@@ -489,101 +197,141 @@ def test_sizes_of_tokens_add_up_to_the_text(tokenizer):
     assert sizes[tokenizer.encode(text) + [end]].sum() == len(text.encode())
 
 
-# ---- The script ----------------------------------------------------------------------------------
-
-def main(root, *source, **settings):
-    chapter2.main(chapter2.Config(source=list(map(str, source)), out=str(root), workers=1, **settings))
-
-
+# ---- The script
 def test_the_script_from_files_to_batches(root, tokenizer, capsys):
     texts = make_texts(60)
-    (root / "texts" / "60.txt").write_bytes(texts[0].replace("\n", "\r\n").encode())  # a duplicate with other line ends
+    (root / "texts" / "60.txt").write_bytes(texts[0].replace("\n", "\r\n").encode())   # a duplicate with other line ends
     (root / "texts" / "61.txt").write_bytes(b"caf\xe9 is not UTF-8 in this file of one line")
     (root / "texts" / "62.txt").write_text("short", encoding="utf-8")
     (root / "texts" / "63.jsonl").write_text('{"text": "a line of JSON with a text"}\n', encoding="utf-8")
     main(root)
-    printed = capsys.readouterr().out
-    meta = json.loads((root / "data" / "meta.json").read_text(encoding="utf-8"))
-    assert meta["dropped"] == {"not UTF-8": 1, "duplicate": 1, "under 20 characters": 1} and meta["source"] == [str(root / "texts")]
+    printed, errors = capsys.readouterr()
     held = [tokenizer.decode(chapter2.open_tokens(root / "data", split)[0].tolist()) for split in SPLITS]
     found = [text for split in held for text in split.split(END_OF_TEXT)[:-1]]
     assert sorted(found) == sorted([*texts, "a line of JSON with a text"])
-    for part in ("1 not UTF-8", "1 duplicate", "1 under 20 characters", "newlines", "\\r\\n", "documents", "MB/s"):
-        assert part in printed, part
+    assert "'duplicate': 1" in printed and "'under 20 characters': 1" in printed and "61.txt" in errors
     assert "\r" not in printed and "\x1b" not in printed       # not a terminal
-    lines = [line[10:].split("|") for line in printed.splitlines() if line.startswith(("input  x", "target y"))]
+    shown = printed.replace(END_OF_TEXT, "END").splitlines()
+    lines = [line[10:].split("|") for line in shown if line.startswith(("input  x", "target y"))]
     assert len(lines) == 4 and all(len(row) == 16 for row in lines)
     assert lines[0][1:] == lines[1][:-1] and lines[2][1:] == lines[3][:-1]
     assert (root / "data" / "statistics.png").read_bytes().startswith(b"\x89PNG")
     assert files_in(root / "data").keys() == {"train.bin", "val.bin", "test.bin", "meta.json", "statistics.png"}
 
 
-@pytest.mark.parametrize("text", ["just enough letters, yes", "a text of a few lines, with é\n" * 30])
-def test_a_small_text_without_a_test_split_works(root, text, capsys):
-    (root / "small.txt").write_text(text, encoding="utf-8")
+def test_a_small_text_without_a_test_split_works(root, tokenizer):
+    (root / "small.txt").write_text("just enough letters, yes", encoding="utf-8")
     main(root, root / "small.txt")
-    _, meta = chapter2.open_tokens(root / "data", "train")
-    assert meta["splits"]["train"]["documents"] == 1 and meta["splits"]["test"]["tokens"] == 0
-    assert "the tokenizer learnt from" in capsys.readouterr().out
+    assert [len(chapter2.open_tokens(root / "data", split)[0]) > 0 for split in SPLITS] == [True, False, False]
+    chapter2.draw_statistics(np.arange(40), tokenizer, root / "figure.png")            # the middle of a long document: no end
+    assert (root / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_source_than_the_tokenizers_is_said_in_one_line(root, capsys):
-    main(root)
-    assert "learnt from" not in capsys.readouterr().out
-    main(root, root / "texts" / "*1.txt")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "learnt from" in line]
-    assert len(lines) == 1 and "python 01_tokenizer.py --source" in lines[0] and "*1.txt" in lines[0]
-
-
-def test_the_order_of_the_sources_does_not_change_the_splits(root):
-    kept = []
-    for source in (("0", "1", "2", "3", "4", "5"), ("5", "3", "1", "0", "2", "4")):
-        main(root, *(root / "texts" / f"{first}*.txt" for first in source))
-        tokens = [chapter2.open_tokens(root / "data", split)[0].tolist() for split in SPLITS]
-        kept.append([sorted(Counter(part).items()) for part in tokens])
-    assert kept[0] == kept[1]
-
-
-def test_another_tokenizer_takes_the_place_of_chapter_1s(root, tokenizer, capsys):
-    other = chapter1.train_bpe(make_texts(50, seed=7), 300)
+def test_another_tokenizer_takes_the_place_of_chapter_1s(root, tokenizer):
+    other = chapter1.train_bpe(make_texts(50, seed=7), 300, special_tokens=["</s>"])
     other.save(root / "theirs")
-    for out in (root, root / "fresh"):                         # with and without one of chapter 1
-        main(out, root / "texts", tokenizer=str(root / "theirs"))
-        meta = json.loads((out / "data" / "meta.json").read_text(encoding="utf-8"))
-        source = json.loads((out / "tokenizer" / "source.json").read_text(encoding="utf-8"))
-        assert meta["fingerprint"] == source["fingerprint"] == other.fingerprint() != tokenizer.fingerprint()
-        assert chapter1.Tokenizer.load(out / "tokenizer").fingerprint() == other.fingerprint()
-        assert source["source"] == [str(root / "texts")] and "learnt from" not in capsys.readouterr().out
-        tokens, _ = chapter2.open_tokens(out / "data", "train")
-        assert tokens.max() < other.vocab_size
-    main(root / "fresh", tokenizer=str(root / "theirs"))       # the text of the run before, not Python's library
-    meta = json.loads((root / "fresh" / "data" / "meta.json").read_text(encoding="utf-8"))
-    assert meta["source"] == [str(root / "texts")]
-    main(root / "fresh")                                       # the next run goes on with it
+    sizes = []
+    for out, source, theirs in ((root, [root / "texts"], "theirs"), (root / "fresh", [root / "texts"], "theirs"), (root / "fresh", [], "")):
+        main(out, *source, tokenizer=theirs and str(root / theirs))        # the third goes on with what the second used
+        tokens, meta = chapter2.open_tokens(out / "data", "train")
+        assert meta["fingerprint"] == chapter1.Tokenizer.load(out / "tokenizer").fingerprint() == other.fingerprint()
+        assert tokens[-1] == tokens.max() == other.special_tokens["</s>"]
+        sizes.append(meta["splits"])
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
-def test_bad_tokenizers_are_one_line(root, tokenizer):
-    data = json.loads(json.dumps(tokenizer.data))
-    data["added_tokens"] = data["added_tokens"][1:]
+def test_chapter_1s_relative_source_is_found_from_another_folder(root, monkeypatch, capsys):
+    (root / "elsewhere").mkdir()
+    monkeypatch.chdir(root)
+    chapter1.main(chapter1.Config(source=["texts"], vocab_size=300, out="my folder"))
+    monkeypatch.chdir(root / "elsewhere")
+    main("../my folder")
+    assert (root / "my folder" / "data" / "meta.json").exists()
+    assert "next: python 03_model.py --out '../my folder'" in capsys.readouterr().out
+
+
+def test_bad_input(root, tokenizer):
+    (root / "short.txt").write_text("short", encoding="utf-8")
+    data = {**tokenizer.data, "added_tokens": tokenizer.data["added_tokens"][1:2]}     # the start of a message only
     chapter1.Tokenizer(data).save(root / "endless")
     before = files_in(root / "tokenizer")
-    assert_one_error(run("--tokenizer", root / "endless", out=root), "endless", END_OF_TEXT)
-    assert_one_error(run("--tokenizer", root / "nowhere", out=root), "nowhere")
+    for name, source in (("endless", "short.txt"), ("nowhere", "short.txt"), ("", "nowhere")):
+        with pytest.raises(CourseError, match=name or source):
+            main(root, root / source, tokenizer=name and str(root / name))
     assert files_in(root / "tokenizer") == before
+    with pytest.raises(CourseError, match="01_tokenizer.py"):
+        main(root / "new")
+    words = [sys.executable, str(ROOT / "02_data.py"), "--out", str(root), "--source", str(root / "short.txt"), "--workers"]
+    short, negative = [subprocess.run([*words, workers], capture_output=True, text=True) for workers in ("1", "-1")]
+    assert short.returncode == 1 and len(short.stderr.splitlines()) == 1 and short.stderr.startswith("error: ")
+    assert negative.returncode == 2 and not (root / "data" / "meta.json").exists()
 
 
-def test_bad_sources_are_one_line(root):
-    (root / "empty.txt").write_text("", encoding="utf-8")
-    (root / "short.txt").write_text("short", encoding="utf-8")
-    (root / "bad.jsonl").write_text("{", encoding="utf-8")
-    assert_one_error(run("--source", root / "empty.txt", out=root), "empty.txt", "nothing to train on")
-    assert_one_error(run("--source", root / "short.txt", out=root), "short.txt", "under 20 characters")
-    assert_one_error(run("--source", root / "bad.jsonl", out=root), "bad.jsonl")
-    assert_one_error(run("--source", root / "nowhere", out=root), "nowhere")
-    assert_one_error(run(out=root / "new"), "01_tokenizer.py")
-    assert not (root / "data").exists() or not list((root / "data").iterdir())
+# ---- Downloads
+@pytest.fixture
+def site(monkeypatch):
+    """A web server on this machine: (its address, {path: (status, body, announced length)})."""
+    pages = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, body, length = pages.get(self.path, (404, b"", 0))
+            self.send_response(status)
+            if length is not None:
+                self.send_header("Transfer-Encoding" if length == "chunked" else "Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        log_message = lambda *_: None
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", pages
+        server.shutdown()
 
 
-def test_bad_flags_exit_with_2(root):
-    for flags in (["--no-such-flag"], ["--workers", "many"], ["--sourc", "x"]):
-        assert run(*flags, out=root).returncode == 2
+BODY = b"once upon a time\n" * 100_000                         # 1.7 MB: more than is read at once
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.mark.parametrize("length", [len(BODY), None])
+def test_a_download_keeps_the_file_under_its_name(site, tmp_path, length, capsys):
+    address, pages = site
+    pages["/input.txt"] = 200, BODY, length
+    table = {"name": (f"{address}/input.txt", SHA256, "public domain")}
+    path = chapter2.download("name", tmp_path / "new", table)
+    assert path == tmp_path / "new" / "name.txt" and files_in(tmp_path / "new") == {"name.txt": BODY}
+    printed = capsys.readouterr().out
+    assert address in printed and "public domain" in printed and "\r" not in printed
+    path.write_text("put there by hand", encoding="utf-8")
+    assert chapter2.download("name", tmp_path / "new", table) == path                  # not fetched again
+    assert path.read_text(encoding="utf-8") == "put there by hand"
+
+
+@pytest.mark.parametrize("page, why", [
+    ((200, BODY[:-1] + b"x", len(BODY)), "sha256"), ((404, b"", 0), "404"), ((200, BODY[:1_000_000], len(BODY)), ""), ((200, b"", 0), "sha256"),
+    ((200, b"ffff\r\nonce", "chunked"), "IncompleteRead"), (None, "refused")], ids=["wrong", "missing", "cut off", "empty", "cut in a chunk", "no server"])
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why):
+    address, pages = site
+    pages["/input.txt"] = page
+    url = f"{address}/input.txt" if page else "http://127.0.0.1:1/input.txt"
+    with pytest.raises(CourseError) as caught:
+        chapter2.download("name", tmp_path, {"name": (url, SHA256, "")})
+    message = str(caught.value)
+    assert url in message and why in message and str(tmp_path / "name.txt") in message
+    assert "\n" not in message and not list(tmp_path.iterdir())
+
+
+def test_a_download_and_then_chapter_1(tokenizer, tmp_path):
+    """--source NAME: first the text, then the word to run chapter 1 on it, then the rest."""
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "shakespeare.txt").write_text("\n".join(make_texts(40)), encoding="utf-8")
+    with pytest.raises(CourseError, match="python 01_tokenizer.py --out .* --source shakespeare"):
+        main(tmp_path, "shakespeare")
+    tokenizer.save(tmp_path / "tokenizer")
+    chapter1.write_json(tmp_path / "tokenizer" / "source.json", ["shakespeare"])
+    main(tmp_path, "shakespeare")
+    assert len(chapter2.open_tokens(tmp_path / "data", "train")[0]) > 1000
+    for url, sha256, about in chapter2.DOWNLOADS.values():
+        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and "B, " in about

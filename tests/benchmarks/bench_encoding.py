@@ -43,7 +43,7 @@ def make_text(path, megabytes):
 def read(source, megabytes):
     """Return the texts of a source up to so many megabytes."""
     texts, size = [], 0
-    for text in filter(None, chapter1.read_source([source])):
+    for text in chapter1.read_source([source]):
         texts.append(text)
         size += len(text.encode())
         if size >= megabytes * 1e6:
@@ -54,8 +54,7 @@ def read(source, megabytes):
 def encode_ours(texts, folder, threads):
     """Encode by chapter 2 to folder/data/train.bin."""
     with redirect_stdout(sys.stderr):
-        chapter2.encode_documents((("train", text) for text in texts), folder / "tokenizer", folder / "data", threads,
-                                  {"source": [], "dropped": {}})
+        chapter2.write_tokens((("train", text) for text in texts), folder / "tokenizer", folder / "data", threads)
     return folder / "data" / "train.bin"
 
 
@@ -70,7 +69,7 @@ def encode_peer(name, texts, folder, threads):
     else:
         import tiktoken
         peer = tiktoken.Encoding("ours", pat_str=chapter1.PATTERN, special_tokens=ours.special_tokens,
-                                 mergeable_ranks={token: i for i, token in ours.bytes_of.items() if i not in ours.special_tokens.values()})
+                                 mergeable_ranks=ours.tokens)
         batch_of = lambda texts: peer.encode_ordinary_batch(texts, num_threads=threads)
 
     def encode():
@@ -126,7 +125,7 @@ def main():
         folder = Path(folder)
         tokenizer = chapter1.train_bpe(read(flags.source, flags.megabytes), flags.vocab_size)
         tokenizer.save(folder / "tokenizer")
-        chapter1.write_json(folder / "tokenizer" / "source.json", {"source": [flags.source]})
+        chapter1.write_json(folder / "tokenizer" / "source.json", [flags.source])
         print(f"{flags.source}, {tokenizer.vocab_size:,} tokens\n{'':14}{'threads':>8}{'seconds':>9}{'MB/s':>8}{'ours / peer':>13}")
         for threads in flags.threads:
             results = {name: measure("speed", name, threads, folder, flags.source, flags.megabytes, threads=threads)

@@ -4,9 +4,10 @@ Training: the same texts, split pattern and vocabulary for all; the time does no
 Each run is a process of its own, so that its peak memory (texts included, about equal for all) can be told.
 The tokens must come out equal, one by one: Hugging Face's trainer breaks ties by the order of its alphabet,
 so it is given the 256 bytes in raw order. Encoding: one process, document by document, nothing is written.
-With a path to GPT-2's tokenizer.json, its ids are compared with tiktoken's as well.
+With a folder that holds GPT-2's tokenizer.json, its ids are compared with tiktoken's as well.
 
-Run:    python tests/benchmarks/bench_tokenizer.py [GPT2_TOKENIZER_JSON] [--source python site-packages]
+Run:    python tests/benchmarks/bench_tokenizer.py [GPT2_FOLDER] [--source python "$(python -c 'import
+        sysconfig; print(sysconfig.get_path("purelib"))')/**/*.py"]      (100 MB or so, of what is installed)
 Peers:  pip install tokenizers rustbpe tiktoken; the ones that are not installed are left out.
 """
 import argparse
@@ -32,7 +33,7 @@ ENCODERS = {"ours": "regex", "Hugging Face": "tokenizers", "tiktoken": "tiktoken
 def read(source, megabytes):
     """Return the texts of a source up to so many megabytes, without those that spell a special token."""
     texts, size = [], 0
-    for text in filter(None, chapter1.read_source([source])):
+    for text in chapter1.read_source([source]):
         if size >= megabytes * 1e6:
             break
         if not any(special in text for special in chapter1.SPECIAL_TOKENS):     # rustbpe knows of no specials
@@ -41,12 +42,12 @@ def read(source, megabytes):
     return texts
 
 
-def trainer(name, vocab_size, threads):
+def trainer(name, vocab_size):
     """Return a function from texts to [bytes of token 0, 1, ...], the 256 bytes and the merged pairs."""
     room = vocab_size - len(chapter1.SPECIAL_TOKENS)
     if name == "ours":
         def train(texts):
-            found = chapter1.train_bpe(texts, vocab_size, workers=threads).bytes_of
+            found = chapter1.train_bpe(texts, vocab_size).bytes_of
             return [found[i] for i in range(min(room, len(found) - len(chapter1.SPECIAL_TOKENS)))]
     elif name == "rustbpe":
         import rustbpe
@@ -76,7 +77,7 @@ def encoder(name, folder):
         return ours.encode
     if name == "Hugging Face":
         from tokenizers import Tokenizer
-        peer = Tokenizer.from_file(str(folder if folder.is_file() else folder / "tokenizer.json"))
+        peer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda text: peer.encode(text, add_special_tokens=False).ids
     if name == "tiktoken":
         import tiktoken
@@ -88,7 +89,7 @@ def encoder(name, folder):
 
 
 def peak_megabytes():
-    """Return the peak memory of this process and of the largest of its children, in MB; None on Windows."""
+    """Return the peak memory of this process and of the largest of its children, in MB (None on Windows)."""
     try:
         import resource
     except ImportError:
@@ -97,11 +98,11 @@ def peak_megabytes():
     return tuple(resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def child(kind, name, source, megabytes, vocab_size, threads, folder):
+def child(kind, name, source, megabytes, vocab_size, folder):
     """One measurement, in a process of its own; prints a line of JSON."""
-    texts, threads = read(source, float(megabytes)), int(threads)
+    texts = read(source, float(megabytes))
     if kind == "train":
-        work = trainer(name, int(vocab_size), threads)
+        work = trainer(name, int(vocab_size))
     elif name == "rustbpe":                                    # training is the only way to a tokenizer: not timed
         import rustbpe
         peer = rustbpe.Tokenizer()
@@ -129,18 +130,18 @@ def measure(*words, threads):
 
 def compare(kind, names, source, megabytes, vocab_size, threads, folder=""):
     """Print a line per library: its time, ours divided by it, memory, and whether the result is the same."""
-    results = {name: measure(kind, name, source, megabytes, vocab_size, threads, folder, threads=threads)
+    results = {name: measure(kind, name, source, megabytes, vocab_size, folder, threads=threads)
                for name, package in names.items() if find_spec(package)}
     ours = results["ours"]
     for name, found in results.items():
-        own, worker = (f"{peak:.0f}" if peak else "-" for peak in found["peak"])
-        print(f"{kind:7}{source:15}{ours['bytes'] / 1e6:7.1f}{vocab_size:8}  {name:13}{found['seconds']:9.2f}"
-              f"{found['bytes'] / found['seconds'] / 1e6:8.2f}{ours['seconds'] / found['seconds']:13.2f}{own:>9}{worker:>9}"
+        peak = f"{found['peak'][0]:.0f}" if found["peak"][0] else "-"
+        print(f"{kind:7}{source[-14:]:15}{ours['bytes'] / 1e6:7.1f}{vocab_size:8}  {name:13}{found['seconds']:9.2f}"
+              f"{found['bytes'] / found['seconds'] / 1e6:8.2f}{ours['seconds'] / found['seconds']:13.2f}{peak:>9}"
               + ("" if found["digest"] == ours["digest"] else "   OTHER TOKENS"))
 
 
 def compare_gpt2(path):
-    """Print whether ids by GPT-2's tokenizer.json equal tiktoken's, on real text and on random characters."""
+    """Print whether ids by a folder's GPT-2 tokenizer equal tiktoken's, on real text and on random characters."""
     if not find_spec("tiktoken"):
         return print("GPT-2's file: tiktoken is not installed, not compared")
     ours, theirs, chooser = encoder("ours", path), encoder("tiktoken", path), random.Random(0)
@@ -152,16 +153,16 @@ def compare_gpt2(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("gpt2", nargs="?", type=Path, help="GPT-2's tokenizer.json, to compare with tiktoken")
-    parser.add_argument("--source", nargs="+", default=["python", "site-packages"], help="python is about 10 MB")
+    parser.add_argument("gpt2", nargs="?", type=Path, help="folder with GPT-2's tokenizer.json, to compare with tiktoken")
+    parser.add_argument("--source", nargs="+", default=["python"], help="python is about 10 MB; a folder or a glob of more")
     parser.add_argument("--megabytes", type=float, default=100, help="at most so much of each source")
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[4096, 32768])
-    parser.add_argument("--threads", type=int, default=2, help="for training; encoding uses one")
+    parser.add_argument("--threads", type=int, default=2, help="of the others, for training; ours and encoding use one")
     flags = parser.parse_args()
     for name, package in {**TRAINERS, **ENCODERS}.items():
         if not find_spec(package):
             print(f"{name}: not installed, left out (pip install {package})")
-    print(f"{'':7}{'source':15}{'MB':>7}{'tokens':>8}  {'':13}{'seconds':>9}{'MB/s':>8}{'ours / peer':>13}{'peak MB':>9}{'worker':>9}")
+    print(f"{'':7}{'source':15}{'MB':>7}{'tokens':>8}  {'':13}{'seconds':>9}{'MB/s':>8}{'ours / peer':>13}{'peak MB':>9}")
     for source in flags.source:
         for vocab_size in flags.vocab_size:
             compare("train", TRAINERS, source, flags.megabytes, vocab_size, flags.threads)
