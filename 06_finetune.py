@@ -1,399 +1,794 @@
 """Chapter 6 · Fine-tuning: from a model that continues text to one that does what it is told.
 
-The base model has only ever continued text. Now it reads conversations, written as one text with marks for who speaks
-(the ChatML template), and a little of chapter 4's text, so that less is forgotten. The conversations are made from
-Python's own library: a program can check each answer. In them only the answers count in the loss, and the mark that
-ends each, so that the model also learns when to stop:
+The base model has only ever continued text. Now it reads conversations, written as one text with
+marks for who speaks (the ChatML template), and a little of chapter 4's text, so that less is
+forgotten. Each conversation asks for a small function, made by a grammar: so there are as many as
+we like, and a program can judge any answer by running it. In them only the answers count in the
+loss, and the mark that ends each, so that the model also learns when to stop:
 
-    <|im_start|>user Write the function add(a, b).<|im_end|> <|im_start|>assistant def add(a, b): ...<|im_end|>
-    ------------------------- read, but not learnt ------------------------------- ------- learnt ---------
+    <|im_start|>user Write add(a, b), the sum of a and b.<|im_end|> <|im_start|>assistant def add...
+    --------------------------- read, but not learnt ------------------------------------ - learnt -
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
-        python 06_finetune.py --conversations mine.jsonl   your own questions and answers (or dolly, alpaca)
-        python 06_finetune.py --lora-rank 8                trains thin adapters instead of all weights
-Gives:  the share of instructions obeyed before and after; out/chat/ for chapter 5, transformers and vLLM.
-Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2023 (ChatML).
+        python 06_finetune.py --show-mask                  one example with what is learnt marked
+        python 06_finetune.py --conversations mine.jsonl   your own questions and answers
+        python 06_finetune.py --lora-rank 8                trains thin adapters, not all weights
+Prints: how many answers, run on test inputs, return what they should (pass@1), and what went wrong
+Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2023 (ChatML),
+        Chen et al. 2021 (pass@1)
 """
 import ast
+import builtins
+import copy
+import inspect
 import json
 import keyword
 import math
 import random
 import re
+import string
+import subprocess
+import sys
+import zlib
 from collections import Counter, defaultdict, namedtuple
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrize
 
-chapter1, chapter2, chapter3, chapter4, chapter5 = map(
-    import_module, ("01_tokenizer", "02_data", "03_model", "04_train", "05_sample"))
-CourseError, IGNORED = chapter1.CourseError, chapter4.IGNORED
+chapter1 = import_module("01_tokenizer")
+chapter2 = import_module("02_data")
+chapter3 = import_module("03_model")
+chapter4 = import_module("04_train")
+chapter5 = import_module("05_sample")
+CourseError = chapter1.CourseError
+CHAT_START = chapter1.CHAT_START
+CHAT_END = chapter1.CHAT_END
+IGNORED = chapter4.IGNORED
 
 # Legend
-#   turn       {"role": "user", "content": text}; a conversation is a list of turns
-#   function   name; parameters as written, ("self", "size=-1"); bare source; purpose, the docstring's first line
-#   task       (kind, function, conversation): all that a program needs to check another answer
-Function = namedtuple("Function", "name parameters source purpose")
-PHRASINGS = {  # kind: (phrasings that are trained on, phrasings kept for the test); {a|b} is a or b
-    "write": (("{Write|Define|Implement|Make|Create|Add|Type|Show|Write me|Make me|Program|Code|Now write|Next, define}"
-               "{| the function| a function| a Python function| the method| code for} {signature}{.|.|, please.| now.| here.|!}",
-               "{Can|Will|Would} you {write|define|make|create|show me}{| the function| Python for} {signature}{?| please?| now?}",
-               "{Please|Kindly|Now|First,} {write|define|implement|make|create|show}{| the function| the method} {signature}.",
-               "{I want|We want|My program lacks|Missing is|Code:|Task:|To do:|Wanted:}{| the function| a method} {signature}{.|}"),
-              ("I need a function {signature}.", "Could you implement {signature} for me?", "Give me {signature}.")),
-    "parameters": (("{List|Name|Show|Write|State|Print} {the|all} parameters{| of this function| in order}:\n\n{source}",
-                    "{Which|How many and which} parameters {does this function have|are taken here}?\n\n{source}"),
-                   ("What are the parameters of this function?\n\n{source}",)),
-    "purpose": (("What {does this function|is this function made to|does this code} do?\n\n{source}",
-                 "{source}\n\n{Say|Explain|Tell me|State} what {it|this|the function} does."),
-                ("Describe this function:\n\n{source}",)),
-}
+#   message    {"role": "user" or "assistant", "content": text}; a conversation is a list of them
+#   entry      a line of the grammar below, or two in one
+#   task       an instruction, and the reference: a function that does what it asks for
+#   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
+#   verdict    what became of an answer: "pass" if it returns what the reference returns
 
 
-@dataclass
-class Config(chapter4.TrainingConfig):
-    init: str = ""  # folder with the model to tune, ours or any that chapter 3 opens (default: out/base)
-    steps: int = 1200  # updates of the weights
-    batch_tokens: int = 2048  # tokens of a step, padding included
-    micro_batch: int = 8  # rows at once in memory
-    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
-    matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 300  # steps between evaluations (each also saves)
-    conversations: str = ""  # JSON lines of your own, or dolly or alpaca (default: made from Python's library)
-    lora_rank: int = 0  # train adapters of this rank instead of all weights; more can change more (0: all weights)
-    show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
-    tasks: int = 240  # held-out instructions on which obedience is counted (0: do not count)
+# ---- A conversation as a batch, by its definition ------------------------------------------------
+def columns_of(ids, learnt, number=0):
+    """Return (id, target, number of the conversation) for each position of a conversation.
 
+    A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
-# ---- Conversations from Python's own library -----------------------------------------------------
-def parameters_of(arguments):
-    """Return the parameters of an ast.arguments as written, without annotations.
-
-    >>> parameters_of(ast.parse("def f(a, b: int = 2, *, c): pass").body[0].args)
-    ('a', 'b=2', '*', 'c')
+    >>> columns_of([7, 8, 9], [False, False, True])
+    [(7, -100, 0), (8, 9, 0)]
     """
-    for part in ast.walk(arguments):
-        if isinstance(part, ast.arg):
-            part.annotation = None
-    return tuple(ast.unparse(arguments).split(", ")) if ast.unparse(arguments) else ()
+    targets = [i if is_learnt else IGNORED for i, is_learnt in zip(ids, learnt)]
+    return [(i, target, number) for i, target in zip(ids, targets[1:])]
 
 
-def does_something(node):
-    """Tell whether a function does more than docstring, pass and ..., and repeats no line three times."""
-    idle = [type(part) is ast.Pass or type(part) is ast.Expr and type(part.value) is ast.Constant for part in node.body]
-    lines = Counter(line.strip() for line in ast.unparse(node).splitlines() if line.strip())
-    return not all(idle) and max(lines.values()) < 3
+def fill_up(sequences, T, filler):
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T.
 
-
-def functions_in(text, longest=160, widest=64):
-    """Return the Functions of a module that a small model can learn: short, and without brackets inside brackets."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and does_something(node):
-            docstring, parameters = ast.get_docstring(node), parameters_of(node.args)
-            body = [line for part in node.body[docstring is not None:] for line in ast.unparse(part).splitlines()]
-            source = "\n    ".join([f"def {node.name}({', '.join(parameters)}):", *body])
-            nested = re.search(r"[([{][^])}\n]*[([{]", "\n".join(body))            # it would forget to close them
-            if len(source) <= longest and max(map(len, source.splitlines())) <= widest and not nested:
-                found.append(Function(node.name, parameters, source, (docstring or "").split("\n")[0].strip()))
-    return found
-
-
-def library_functions():
-    """Return ({split: [Function]}, names): whole modules are held out; names are all words of the train modules."""
-    functions, names = defaultdict(dict), set()                # a dict keeps the order and drops duplicates
-    for split, text in chapter1.split_documents(filter(None, chapter1.read_source(["python"]))):
-        with suppress(SyntaxError, ValueError):                # a template or an example, not a module
-            functions[split].update(dict.fromkeys(functions_in(text)))
-        names.update(re.findall(r"\b[A-Za-z_]\w{1,24}\b", text) if split == "train" else ())
-    return {split: list(found) for split, found in functions.items()}, sorted(names - set(keyword.kwlist))
-
-
-def renamed(function, names, chooser):
-    """Return the function under another name and with other parameters, the same all through its body."""
-    words = {function.name, *(p.lstrip("*").split("=")[0] for p in function.parameters)} - {"self", "cls", ""}
-    new = dict(zip(sorted(words), (name for name in chooser.sample(names, min(60, len(names))) if name not in function.source)))
-    swap = lambda text: re.sub(r"(?<![\w.'\"])[A-Za-z_]\w*", lambda match: new.get(match[0], match[0]), text)
-    return Function(swap(function.name), tuple(map(swap, function.parameters)), swap(function.source), function.purpose)
-
-
-def make_tasks(functions, phrasing, seed, names=()):
-    """Return a task for each function, in the phrasings to train on (0) or those of the test (1).
-
-    names: if given, functions get other names out of these: where a name can be any, all one can learn is to copy it.
+    With one conversation in each, most of it is filler, computed for nothing.
     """
-    chooser, tasks = random.Random(seed), []
-    for function in functions:
-        kind = chooser.choice((*["write"] * 4, "parameters", "purpose" if function.purpose else "write"))
-        if names and kind != "purpose":
-            function = renamed(function, names, chooser)
-        pattern = re.sub(r"\{([^{}]*\|[^{}]*)\}", lambda match: chooser.choice(match[1].split("|")),
-                         chooser.choice(PHRASINGS[kind][phrasing]))
-        parameters = ", ".join(function.parameters)
-        instruction = pattern.format(signature=f"{function.name}({parameters})", source=function.source)
-        if kind == "write" and chooser.random() < 0.5:
-            instruction = f"{instruction} {function.purpose}".strip()
-        answer = {"write": function.source, "parameters": parameters or "none", "purpose": function.purpose}[kind]
-        tasks.append((kind, function, [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]))
-    return tasks
+    filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
+    return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
 
-def held_out_tasks(functions, count, phrasing, seed=1):
-    """Return tasks on functions of the test split whose (name, parameters) the train split does not have."""
-    known = {(function.name, function.parameters) for function in functions["train"]}
-    fresh = [function for function in functions["test"] if (function.name, function.parameters) not in known]
-    return make_tasks(random.Random(seed).sample(fresh, min(max(0, count), len(fresh))), phrasing, seed)
-
-
-def judge_answer(kind, function, answer):
-    """Return (parses, obeys) of an answer; parses is None where no code was asked for.
-
-    Code: one function with just the name and parameters asked for, that does something. Parameters: exactly
-    those. Purpose: one line that shares a word with the function or its docstring.
-    """
-    words = lambda text: set(re.findall(r"[a-z]{4,}", text.lower()))
-    if kind == "parameters":
-        return None, answer.strip() == (", ".join(function.parameters) or "none")
-    if kind == "purpose":
-        return None, "\n" not in answer.strip() and bool(words(answer) & words(" ".join(function[2:])))
-    try:
-        nodes = ast.parse(answer).body
-    except (SyntaxError, ValueError, RecursionError):
-        return False, False
-    return True, (len(nodes) == 1 and isinstance(nodes[0], ast.FunctionDef) and nodes[0].name == function.name
-                  and parameters_of(nodes[0].args) == function.parameters and does_something(nodes[0]))
-
-
-# ---- Conversations of one's own ------------------------------------------------------------------
-def turns_of(data):
-    """Return the turns of one JSON object, with messages or with instruction and output. Raises ValueError."""
-    if "messages" in data:
-        turns = [{"role": turn["role"], "content": turn["content"].strip()} for turn in data["messages"]]
-    else:
-        context = data.get("input") or data.get("context") or ""
-        turns = [{"role": "user", "content": f"{data['instruction'].strip()}\n\n{context}".strip()},
-                 {"role": "assistant", "content": data["output"] if "output" in data else data["response"]}]
-    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
-    for number, turn in enumerate(spoken):
-        expected = ("user", "assistant")[number % 2]
-        if turn["role"] != expected or not turn["content"].strip():
-            raise ValueError(f"turn {number + 1} should be a text by the {expected}, not {turn}")
-    if not spoken or len(spoken) % 2:
-        raise ValueError("the last turn must be the assistant's answer")
-    return turns
-
-
-def read_conversations(path, tolerated=0):
-    """Return the conversations of JSON lines or of one JSON list. Raises CourseError naming all bad lines, if many."""
-    conversations, wrong = [], []
-    try:
-        data = Path(path).read_bytes()
-        lines = [json.dumps(item).encode() for item in json.loads(data)] if data.lstrip()[:1] == b"[" else data.splitlines()
-    except (OSError, ValueError) as error:
-        raise CourseError(f"--conversations {path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            conversations += [turns_of(json.loads(line.decode("utf-8")))] if line.strip() else []
-        except (KeyError, TypeError, AttributeError):
-            wrong.append(f"line {number}: neither messages (role, content) nor instruction and output")
-        except ValueError as error:                            # not UTF-8, not JSON, or turns_of's own
-            wrong.append(f"line {number}: {error}")
-    if len(wrong) > tolerated or not conversations:
-        raise CourseError("\n  ".join([f"--conversations {path}: {len(wrong)} bad lines, {len(conversations)} good", *wrong]))
-    return conversations
-
-
-# ---- From conversations to batches ---------------------------------------------------------------
+# ---- For real: several conversations in a sequence -----------------------------------------------
 def pack(examples, T, filler, seed):
-    """Lay whole conversations side by side in rows of T tokens; return (rows, 3, T): ids, targets, documents.
+    """Return fill_up's tensor of examples [(ids, learnt)] in a random order, side by side.
 
-    examples: [(ids, learnt)], none longer than T + 1. A target is the next id where that is learnt, else
-    IGNORED. documents numbers the conversations of a row, so that none sees another (see chapter 3).
+    Their numbers keep them apart: in chapter 3, no position sees another document.
     """
-    rows = []
+    sequences = []
     for ids, learnt in random.Random(seed).sample(examples, len(examples)):
-        targets = [target if is_learnt else IGNORED for target, is_learnt in zip(ids[1:], learnt[1:])]
-        row = next((row for row in rows[-8:] if len(row) + len(targets) <= T), None)      # one that has room
-        if row is None:
-            rows.append(row := [])
-        row.extend(zip(ids, targets, [row[-1][2] + 1 if row else 0] * len(targets)))
-    rows = [row + [(filler, IGNORED, -1)] * (T - len(row)) for row in rows]
-    return torch.tensor(rows).transpose(1, 2)                  # (rows, T, 3) -> (rows, 3, T)
+        with_room = [s for s in sequences[-8:] if len(s) + len(ids) - 1 <= T]
+        if with_room:
+            columns = with_room[0]
+            columns += columns_of(ids, learnt, columns[-1][2] + 1)
+        else:
+            sequences.append(columns_of(ids, learnt))
+    return fill_up(sequences, T, filler)
 
 
 def packed_batches(examples, R, T, filler, seed):
-    """Return batch(step) -> ids, targets, documents, each (R, T): as in chapter 2, a pure function of the step."""
-    rows = []                                                  # grows by an epoch at a time, each in an order of its own
+    """Return batch(step) -> ids, targets, documents, (R, T) each: a pure function of the step."""
+    sequences = torch.zeros(0, 3, T, dtype=torch.long)         # grows by an epoch at a time
 
     def batch(step):
-        while len(rows) < (step + 1) * R:
-            rows.extend(pack(examples, T, filler, f"{seed} {len(rows)}"))
-        return torch.stack(rows[step * R:(step + 1) * R]).unbind(1)              # (R, 3, T) -> 3 x (R, T)
+        nonlocal sequences
+        while len(sequences) < (step + 1) * R:
+            epoch = pack(examples, T, filler, f"{seed} {len(sequences)}")
+            sequences = torch.cat((sequences, epoch))
+        return sequences[step * R:(step + 1) * R].unbind(1)    # (R, 3, T) -> 3 times (R, T)
     return batch
 
 
 def show_mask(tokenizer, ids, learnt):
-    """Print a conversation token by token; what is learnt is in brackets, and coloured on a terminal."""
-    pieces = [f"[{tokenizer.decode([i])}]" if is_learnt else tokenizer.decode([i]) for i, is_learnt in zip(ids, learnt)]
-    print(chapter1.show_tokens(pieces, [28 if is_learnt else 236 for is_learnt in learnt]))
+    """Print a conversation token by token; what is learnt is in brackets."""
+    for i, is_learnt in zip(ids, learnt):
+        piece = tokenizer.decode([i])
+        print(f"[{piece}]" if is_learnt else piece, end="")
     print(f"{sum(learnt)} of {len(ids)} tokens are learnt")
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------
+# ---- LoRA: thin adapters instead of all weights --------------------------------------------------
+# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
+# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
+# and r (in + out) weights instead of in x out. An adapter is a small file, and a large model needs
+# memory for fewer gradients and averages; at this size it saves neither time nor memory.
+def lora_formula(x, weight, a, b):
+    """Return what a linear layer with an adapter computes, x (T, in) -> (T, out)."""
+    return x @ weight.T + (x @ a.T) @ b.T                      # a (r, in), b (out, r)
+
+
 class LoRA(nn.Module):
-    """A frozen weight W (out, in) plus B A, two thin matrices (out, rank) and (rank, in) that are trained."""
+    """The same for real: (x A^T) B^T = x (B A)^T, so B A can be added to the frozen weight W."""
+
     def __init__(self, weight, rank):
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / math.sqrt(weight.shape[1]))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))               # at first nothing changes
+        a = torch.randn(rank, weight.shape[1], device=weight.device)
+        self.a = nn.Parameter(a / math.sqrt(weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight):
-        return weight + self.b @ self.a                        # (out, rank) @ (rank, in) -> (out, in)
+        return weight + self.b @ self.a                        # at first, b is 0: nothing changes
+
+
+def linear_layers(model):
+    return [layer for layer in model.layers.modules() if isinstance(layer, nn.Linear)]
 
 
 def add_lora(model, rank):
-    """Freeze a model and put an adapter on every linear layer of its blocks."""
+    """Freeze a model; from now on, layer.weight is LoRA(weight) in each linear layer."""
     model.requires_grad_(False)
-    for layer in [module for module in model.layers.modules() if isinstance(module, nn.Linear)]:
+    for layer in linear_layers(model):
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
 def merge_lora(model):
-    """Return a model with the adapters, if any, added into its weights: an ordinary model again."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if "parametrizations" not in name}
-    state |= {f"{name}.weight": layer.weight for name, layer in model.named_modules() if parametrize.is_parametrized(layer)}
-    merged = chapter3.GPT(model.config)
-    merged.load_state_dict(state)
+    """Return a model with the adapters, if it has any, added into its weights for good."""
+    if not parametrize.is_parametrized(linear_layers(model)[0]):
+        return model
+    merged = copy.deepcopy(model)
+    for layer in linear_layers(merged):
+        parametrize.remove_parametrizations(layer, "weight")
     return merged
 
 
-# ---- Obedience, counted --------------------------------------------------------------------------
-def count_obeyed(model, tokenizer, tasks, settings, ends, known):
-    """Return ({kind: Counter}, answers): how many answers end, parse, obey, and are copied from `known` ones."""
-    groups, written, answers, counts = defaultdict(list), defaultdict(list), [], defaultdict(Counter)
-    for number, (_, _, turns) in enumerate(tasks):
-        prompt = chapter5.render_chat(tokenizer, turns[:1])
-        groups[len(prompt)].append((number, prompt))           # prompts of equal length are answered together
-    for members in groups.values():
-        for new in chapter5.generate(model, [prompt for _, prompt in members], settings, ends, tokenizer.vocab_size):
-            for stream, (token, _) in new.items():
-                written[members[stream][0]].append(token)
-    for number, (kind, function, _) in enumerate(tasks):
-        answers.append(tokenizer.decode([i for i in written[number] if i not in ends]))
-        ended, (parses, obeys) = written[number][-1] in ends, judge_answer(kind, function, answers[-1])
-        for group in ("all", kind):
-            counts[group].update(tasks=1, ends=ended, code=parses is not None, parses=bool(parses), obeys=obeys and ended,
-                                 copied=answers[-1] in known)
-    return counts, answers
+# ---- Tasks that can be checked -------------------------------------------------------------------
+# A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
+# all. {a|b} is a or b. Capitals are slots: N, M a number; L a list of numbers; T, S a text; K a
+# constant; C a letter; P a property; Q a question. So that there is only one reading, another entry
+# may take the place of the last slot alone, as in "the square of the sum of x and y"; of those with
+# a star none may, as "the square of x plus 7" is two things.
+GRAMMAR = """
+number     N + M                      the {sum|total} of N and M
+number     N - M                      the difference {of|between} N and M
+number     N * M                      the product of N and M
+number     max(N, M)                  the {larger|greater|bigger|maximum} of N and M
+number     min(N, M)                  the {smaller|lesser|minimum} of N and M
+number     abs(N - M)                 the {distance|absolute difference} {between|of} N and M
+number     N % K                      the remainder {of N divided by K|when N is divided by K}
+number*    N + K                      {N plus K|N increased by K|K more than N}
+number*    N - K                      {N minus K|N decreased by K|K less than N}
+number*    N * K                      {N times K|N multiplied by K|K times N}
+number     N ** 2                     the square of N
+number     N ** 3                     the {cube|third power} of N
+number     N * 2                      {the double of|twice} N
+number     abs(N)                     the absolute value of N
+number     -N                         the {negative|opposite} of N
+number     sum(L)                     the {sum|total} of {the|all} {items|elements} {of|in} L
+number     max(L)                     the {largest|biggest|greatest} {item|element} {of|in} L
+number     min(L)                     the {smallest|lowest} {item|element} {of|in} L
+number     len(L)                     the number of {items|elements} {of|in} L
+number     L[0]                       the first {item|element} {of|in} L
+number     L[-1]                      the last {item|element} {of|in} L
+number     len(T)                     {the length of|the number of characters in} T
+number*    T.count(C)                 {how often C occurs in|how many times C is in} T
+question   P                          whether N is P
+question   N > M                      whether N is {greater|larger|more} than M
+question   N == M                     whether N {equals|is equal to} M
+question   N in L                     whether N is {in|one of} L
+question   len(L) == 0                whether L is empty
+question   T == T[::-1]               whether T {is a palindrome|reads the same backwards}
+question   T.startswith(C)            whether T {starts|begins} with C
+question   C in T                     whether T {contains|has} C
+condition  N if Q else M              N if Q, {otherwise|else} M
+condition  K if Q else M              K if Q, {otherwise|else} M
+list       sorted(L)                  the sorted {items|elements} of L
+list       L[::-1]                    the reversed {items|elements} of L
+list       L[:K]                      the first K {items|elements} {of|in} L
+list       L[-K:]                     the last K {items|elements} {of|in} L
+list*      [item for item in L if P]  {the|all} {items|elements} {of|in} L that are P
+list*      [item * K for item in L]   {each|every} {item|element} {of|in} L times K
+list*      [item + K for item in L]   {each|every} {item|element} {of|in} L plus K
+list       [item ** 2 for item in L]  the squares of {the|all} {items|elements} {of|in} L
+text       T.upper()                  the upper case of T
+text       T.lower()                  the lower case of T
+text       T[::-1]                    the reverse of T
+text       T[:K]                      the first K {characters|letters} {of|in} T
+text       T[-K:]                     the last K {characters|letters} {of|in} T
+text*      T * K                      {K copies of T|T repeated K times}
+text*      T + S                      {T followed by S|T joined with S}
+text*      T.replace(C, '')           T without the letter C
+loop       L: total += item ** 2      the sum of the squares of the items {of|in} L
+loop       L: total += abs(item)      the sum of the absolute values of the items {of|in} L
+loop       L: if P: total += 1        how many {items|elements} {of|in} L are P
+loop       L: if P: total += item     the sum of the items {of|in} L that are P
+loop       T: if item in 'aeiou': total += 1  the number of vowels in T
+"""
+PROPERTIES = [
+    ("even", "N % 2 == 0"), ("odd", "N % 2 == 1"), ("positive", "N > 0"), ("negative", "N < 0"),
+    ("divisible by K", "N % K == 0"), ("{greater|larger|more} than K", "N > K"),
+    ("{less|smaller} than K", "N < K"), ("at least K", "N >= K"), ("at most K", "N <= K"),
+]
+PHRASINGS = """
+{Write|Define|Implement|Create|Make} {a|the} {|Python }function HEADER {that|which} returns ANSWER.
+{Please|Now} {write|define|create} {a function|the function|} HEADER {that|which} returns ANSWER.
+{Can|Could|Would} you {write|define|make} {a function|} HEADER {that|which} returns ANSWER?
+{I|We} {need|want|would like} {a function|the function|} HEADER {that|which} returns ANSWER.
+{Write|Define|Code|Give me} HEADER{, which| so that it|; it} returns ANSWER.
+{Write|Create|Make} {a|the} function HEADER {to return|to get|for|returning} ANSWER.
+{The|A} function HEADER {should|must|has to|is to} give ANSWER.
+{Return|Give back} ANSWER {in|with|by} {a|the} function HEADER.
+{Write|Define|Make} a function {called|named} NAME {that|which} takes PARAMETERS and returns ANSWER.
+{Given|From|With} PARAMETERS, {write|define|make} {a|the} function NAME that returns ANSWER.
+{My program|Our module|The code} {needs|lacks} HEADER, which returns ANSWER.
+{Let|Make|Have} HEADER give ANSWER.
+{Task|To do|Exercise}: {a function|write|} HEADER {that returns|returning|for} ANSWER.
+{How|In what way} {do|can|would} {I|you|we} write HEADER to give ANSWER?
+"""
+NEW_PHRASINGS = """
+Show me a function HEADER whose result is ANSWER.
+Add HEADER to the program; calling it yields ANSWER.
+Help me with a function HEADER that works out ANSWER.
+What I am looking for is HEADER, and it should produce ANSWER.
+Build a function NAME of PARAMETERS that finds ANSWER.
+It would be nice to have HEADER for ANSWER.
+"""
+Entry = namedtuple("Entry", "kind code words")
+Task = namedtuple("Task", "kind instruction description name types source constants parts")
+ENTRIES = [Entry(*re.split(r"\s{2,}", line)) for line in GRAMMAR.strip().splitlines()]
+TYPES = {"N": "number", "M": "number", "L": "list", "T": "text", "S": "text", "Q": "question"}
+SLOT = r"\b[NMLTSKCPQ]\b"
+RETURNS = ["returns", "gives", "computes", "calculates", "finds", "gives back", "gives me"]
 
 
-def show_results(results, tasks, path):
-    """Print {evaluation: (counts, answers)} as three answers and a table of shares, and draw it to `path`."""
-    for number, (_, _, turns) in enumerate(tasks[:3]):
-        print(f"\n> {turns[0]['content']}\nbefore: {results['before'][1][number][:150]!r}\nafter:\n{results['after'][1][number]}")
-    axis = Figure(figsize=(8, 4.5), layout="constrained").add_subplot(xlabel="instructions obeyed (%)")
-    print(f"\n{'':32}{'tasks':>7}{'ends':>8}{'parses':>8}{'obeys':>8}{'copied':>8}")
-    for number, (name, (counts, _)) in enumerate(results.items()):
-        for kind, count in counts.items():
-            of = {"ends": "tasks", "parses": "code", "obeys": "tasks", "copied": "tasks"}
-            shares = "".join(f"{count[what] / max(1, count[all_of]):8.1%}" for what, all_of in of.items())
-            print(f"{f'{name}, {kind}':32}{count['tasks']:7}{shares}")
-            axis.barh(f"{name}, {kind}", 100 * count["obeys"] / count["tasks"], color=("#999", "#07b", "#5be", "#e90")[number])
-    with chapter1.replacing(path) as temporary:
-        axis.figure.savefig(temporary, dpi=110)
+def vary(text, chooser):
+    """Choose one of each {a|b}."""
+    return re.sub(r"\{([^{}]*)\}", lambda found: chooser.choice(found[1].split("|")), text)
+
+
+def fill(text, values):
+    """Put values for the slots of a text.
+
+    >>> fill("max(N, M)", {"N": "x", "M": "7"})
+    'max(x, 7)'
+    """
+    return re.sub(SLOT, lambda found: values.get(found[0], found[0]), text)
+
+
+def lay_out(entry, code):
+    """Return the body of a function, a line for each block that ": " opens.
+
+    >>> lay_out(Entry("loop", "", ""), "x: if item: total += 1").splitlines()[1:-1]
+    ['    for item in x:', '        if item:', '            total += 1']
+    """
+    if entry.kind != "loop":
+        return f"    return {code}"
+    *opening, last = f"for item in {code}".split(": ")
+    lines = ["    total = 0"]
+    for depth, part in enumerate(opening, 1):
+        lines.append("    " * depth + part + ":")
+    return "\n".join([*lines, "    " * (depth + 1) + last, "    return total"])
+
+
+def is_held_out(*what):
+    """Tell by a hash whether a name, a constant of an entry, or a pair of entries is held out."""
+    return zlib.crc32(repr(what).encode()) % 8 == 0
+
+
+def fill_in(entry, inside, types, constants, names, chooser):
+    """Return (code, description) of an entry with its slots filled.
+
+    inside: {slot: (code, description)} of what takes a slot's place. What is drawn besides is added
+    to types, {parameter: type}, and to constants, [(code of its entry, value)].
+    """
+    codes, texts = {}, {}
+    words = vary(entry.words, chooser)
+    for slot in dict.fromkeys(re.findall(SLOT, words)):
+        if slot in inside:
+            codes[slot], texts[slot] = inside[slot]
+        elif slot in TYPES:
+            codes[slot] = texts[slot] = names.pop()
+            types[codes[slot]] = TYPES[slot]
+        elif slot == "P":
+            words_of_it, test = chooser.choice(PROPERTIES)
+            value = {"K": str(chooser.randrange(2, 100))}
+            texts[slot] = fill(vary(words_of_it, chooser), value)
+            codes[slot] = fill(test, {"N": codes.get("N", "item"), **value})
+            constants.append((entry.code + test, value["K"]))
+        else:
+            value = chooser.randrange(2, 100)
+            if slot == "C":
+                value = chooser.choice(string.ascii_lowercase)
+            elif re.search(r"\[|%|T \*", entry.code):          # so many items: rather few
+                value = chooser.randrange(2, 10)
+            codes[slot] = texts[slot] = repr(value)
+            constants.append((entry.code, codes[slot]))
+    return fill(entry.code, codes), fill(words, texts)
+
+
+def draw_task(words, phrasings, chooser):
+    """Return a Task: an entry, or two in one, with names out of `words`, in some phrasing."""
+    entry = chooser.choice(ENTRIES)
+    parts = [entry.code]
+    name, *names = chooser.sample(words, 8)
+    if chooser.random() < 0.25:
+        names = chooser.sample(string.ascii_lowercase, 8)
+    types, constants, inside = {}, [], {}
+    last = "Q" if "Q" in entry.code else entry.words[-1]
+    within = [other for other in ENTRIES if other.kind == TYPES.get(last)]
+    if within and (last == "Q" or chooser.random() < 0.6):
+        other = chooser.choice(within)
+        parts.append(other.code)
+        code, text = fill_in(other, {}, types, constants, names, chooser)
+        inside[last] = f"({code})", text.removeprefix("whether ")
+        numbers = [parameter for parameter in types if types[parameter] == "number"]
+        if last == "Q" and numbers:                            # x if x is greater than ...
+            inside["N"] = numbers[0], numbers[0]
+    code, description = fill_in(entry, inside, types, constants, names, chooser)
+    parameters = list(types)
+    if chooser.random() < 0.3:
+        chooser.shuffle(parameters)
+    header = f"{name}({', '.join(parameters)})"
+    source = f"def {header}:\n{lay_out(entry, code)}"
+    source = ast.unparse(ast.parse(source))                    # without needless brackets
+    asked = vary(chooser.choice(phrasings), chooser)
+    values = {"HEADER": header, "NAME": name, "PARAMETERS": " and ".join(parameters),
+              "ANSWER": description, "returns": chooser.choice(RETURNS)}
+    asked = re.sub("|".join(values), lambda found: values[found[0]], asked)
+    types = {parameter: types[parameter] for parameter in parameters}
+    kind = "nested" if len(parts) == 2 else entry.kind.strip("*")
+    return Task(kind, asked, description, name, types, source, constants, parts)
+
+
+def is_held_out(*what):
+    """Tell by a hash whether a name, a constant of an entry, or a pair of entries is held out."""
+    return zlib.crc32(repr(what).encode()) % 8 == 0
+
+
+def draw_tasks(words, count, seed, phrasings=PHRASINGS, new=""):
+    """Return tasks in which nothing is held out, but for `new`: "constants" or "combinations"."""
+    chooser = random.Random(seed)
+    tasks = []
+    lines = phrasings.strip().splitlines()
+    while len(tasks) < count:
+        task = draw_task(words, lines, chooser)
+        has_new_constant = any(is_held_out(*constant) for constant in task.constants)
+        has_new_pair = len(task.parts) == 2 and is_held_out(*task.parts)
+        if (has_new_constant, has_new_pair) == (new == "constants", new == "combinations"):
+            tasks.append(task)
+    return tasks
+
+
+def held_out_tasks(words, new_words, count, seed):
+    """Return {what is new in them: tasks}: one thing is new in each, all else is as in training."""
+    return {"new names": draw_tasks(new_words, count, seed),
+            "new constants": draw_tasks(words, count, seed + 1, new="constants"),
+            "new combinations": draw_tasks(words, count, seed + 2, new="combinations"),
+            "new phrasings": draw_tasks(words, count, seed + 3, NEW_PHRASINGS)}
+
+
+def conversation_of(task):
+    """Return a task as a conversation."""
+    return [{"role": "user", "content": task.instruction},
+            {"role": "assistant", "content": task.source}]
+
+
+def split_words(tokenizer):
+    """Return (words to learn with, words held out): lower-case words of Python's train modules.
+
+    A word is held out only if the others have all of its tokens: a token that training never copies
+    is hard to copy.
+    """
+    counts = Counter()
+    for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
+        if split == "train":
+            counts.update(set(re.findall(r"\b[a-z]{3,10}\b", text)))
+    reserved = {*keyword.kwlist, *dir(builtins), *re.findall(r"[a-z]+", GRAMMAR + PHRASINGS)}
+    common = [word for word in sorted(counts) if counts[word] > 7 and word not in reserved]
+    words = [word for word in common if not is_held_out(word)]
+    known = set(chain.from_iterable(tokenizer.encode(f" {word}({word}") for word in words))
+    return words, [word for word in common if is_held_out(word)
+                   and known.issuperset(tokenizer.encode(f" {word}({word}"))]
+
+
+# ---- The judge runs the answer -------------------------------------------------------------------
+# What a model writes is a stranger's code. Only what these lists name is ever run, in a process of
+# its own with little time and memory: no import, no `while`, no attribute but methods of texts.
+VERDICTS = ("no end", "no parse", "wrong header", "not allowed", "error", "wrong value", "pass")
+SYNTAX = set("""Return Assign AugAssign For If IfExp Name Constant Load Store Call Attribute keyword
+    BinOp UnaryOp BoolOp Compare Add Sub Mult Div FloorDiv Mod Pow USub Not And Or Eq NotEq Lt LtE
+    Gt GtE In NotIn List Subscript Slice ListComp GeneratorExp comprehension""".split())
+METHODS = set("count endswith index join lower replace split startswith strip upper".split())
+BUILTINS = "abs all any bool int len list max min range reversed sorted str sum".split()
+
+
+def is_allowed(node):
+    """Tell whether a node of an answer's syntax tree may be run."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in METHODS
+    if isinstance(node, ast.Constant):                         # "%9999d" % 1 would be a long text
+        return len(repr(node.value)) <= 8 and "%" not in repr(node.value)
+    return type(node).__name__ in SYNTAX
+
+
+def header_of(task):
+    """Return the first line of the function that a task asks for."""
+    return f"def {task.name}({', '.join(task.types)}):"
+
+
+def read_answer(task, answer):
+    """Return the verdict on an answer as it is written, or "" where it has to be run."""
+    try:
+        functions = ast.parse(answer[:2000]).body
+        header = ast.unparse(functions).partition("\n")[0]
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return "no parse"
+    if len(functions) != 1 or header != header_of(task):
+        return "wrong header"
+    nodes = chain.from_iterable(map(ast.walk, functions[0].body))
+    return "" if len(answer) <= 2000 and all(map(is_allowed, nodes)) else "not allowed"
+
+
+def draw_arguments(task, count=40):
+    """Return lists of arguments for a task: near its constants, often equal, short or empty."""
+    chooser = random.Random(task.instruction)
+    numbers = list(range(-9, 10))
+    letters = list("aeiou bcdAB")
+    for _, value in task.constants:
+        letters += value[1:-1] * 6                             # of "'a'"
+        if value.isdigit():
+            numbers += [int(value) - 1, int(value), int(value) + 1, 2 * int(value)] * 3
+    draws = []
+    for _ in range(count):
+        size = chooser.choice([0, 1, 2, 3, 4, 6, 30])
+        few = chooser.sample(numbers, 5)
+        draws.append([])
+        for kind in task.types.values():
+            values = {"number": chooser.choice(few), "list": chooser.choices(few, k=size),
+                      "text": "".join(chooser.choices(letters, k=size))}
+            draws[-1].append(values[kind])
+    return draws
+
+
+def run_in_child():
+    """Read jobs as lines of JSON, write a verdict for each. The child knows only this function."""
+    import builtins
+    import faulthandler
+    import json
+    import sys
+
+    try:
+        import resource                                        # not on Windows
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))             # bytes of memory
+    except (ImportError, ValueError, OSError):
+        pass
+    for line in sys.stdin:
+        name, answer, reference, allowed, draws = json.loads(line)
+        faulthandler.dump_traceback_later(0.7, exit=True)      # ends the process, whatever it does
+        functions = []
+        for source in (reference, answer):
+            space = {"__builtins__": {word: getattr(builtins, word) for word in allowed}}
+            exec(source, space)
+            functions.append(space[name])
+        verdict = "pass"
+        for arguments in draws:
+            try:
+                expected = repr(functions[0](*arguments))
+            except (ArithmeticError, LookupError, ValueError):
+                continue                                       # the first item of an empty list
+            try:                         # repr tells 1 from True and from 1.0, inside of lists too
+                if repr(functions[1](*arguments)) != expected:
+                    verdict = "wrong value"
+            except Exception:
+                verdict = "error"
+            if verdict != "pass":
+                break
+        faulthandler.cancel_dump_traceback_later()
+        print(verdict, flush=True)
+
+
+def run_answers(jobs):
+    """Return the verdicts of child processes: where one ends itself, another goes on after it."""
+    program = inspect.getsource(run_in_child) + "\nrun_in_child()"
+    verdicts = []
+    while len(verdicts) < len(jobs):
+        lines = "\n".join(map(json.dumps, jobs[len(verdicts):]))
+        child = subprocess.run([sys.executable, "-I", "-S", "-c", program], input=lines,
+                               capture_output=True, text=True, encoding="utf-8")
+        verdicts += child.stdout.split("\n")[:-1]
+        if len(verdicts) < len(jobs):
+            verdicts.append("error")             # it took too much time or memory
+    return verdicts
+
+
+def judge(tasks, answers, ended):
+    """Return the verdict on each answer; ended: whether it came to an end by itself."""
+    verdicts, jobs = [], []
+    for task, answer, has_ended in zip(tasks, answers, ended):
+        verdict = read_answer(task, answer) if has_ended else "no end"
+        if not verdict:
+            jobs.append([task.name, answer, task.source, BUILTINS, draw_arguments(task)])
+        verdicts.append(verdict)
+    run = iter(run_answers(jobs))
+    return [verdict or next(run) for verdict in verdicts]
+
+
+# ---- Counting ------------------------------------------------------------------------------------
+def answer_tasks(model, tokenizer, tasks, ends, temperature=0.0):
+    """Return (answers, verdicts) of a model; prompts of equal length are answered together."""
+    settings = chapter5.Config(max_tokens=100, temperature=temperature)
+    prompts = [chapter5.render_chat(tokenizer, conversation_of(task)[:1]) for task in tasks]
+    groups = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        groups[len(prompt)].append(number)
+    written = [[] for _ in tasks]
+    for numbers in groups.values():
+        going = set(numbers)
+        together = [prompts[number] for number in numbers]
+        for new, _ in chapter5.generate(model, together, settings, tokenizer.vocab_size):
+            for number, token in zip(numbers, new):
+                if number in going:
+                    written[number].append(token)
+            going = {number for number in going if written[number][-1] not in ends}
+            if not going:
+                break
+    ended = [ids[-1] in ends for ids in written]
+    answers = []
+    for ids in written:
+        answers.append(tokenizer.decode([i for i in ids if i not in ends]))
+    return answers, judge(tasks, answers, ended)
+
+
+def interval(passed, count):
+    """Return the half width of a share's 95% interval (Agresti and Coull 1998: two more of each).
+
+    >>> round(interval(95, 100), 2)
+    0.05
+    """
+    share = (passed + 2) / (count + 4)
+    return 1.96 * math.sqrt(share * (1 - share) / (count + 4))
+
+
+def show_table(results):
+    """Print {label: verdicts}: the share that passes, and how many got each verdict."""
+    print(f"\n{'':26}{'tasks':>6}  {'pass@1':10}" + "".join(f"{name:>13}" for name in VERDICTS))
+    for label, verdicts in results.items():
+        passed = verdicts.count("pass")
+        tasks = len(verdicts)
+        share = f"{passed / tasks:.0%} ± {100 * interval(passed, tasks):.0f}"
+        counts = "".join(f"{verdicts.count(name):13}" for name in VERDICTS)
+        print(f"{label:26}{tasks:6}  {share:10}{counts}")
+
+
+def show_results(model, tokenizer, tasks, ends):
+    """Run the answers to {what is new: tasks}, print two of each, and the table."""
+    results, everything = {}, []
+    for new, some in tasks.items():
+        everything += some
+        answers, results[new] = answer_tasks(model, tokenizer, some, ends)
+        for task, answer in list(zip(some, answers))[:2]:
+            print(f"\n> {task.instruction}\n{answer}")
+    results["all"] = [*chain.from_iterable(results.values())]
+    warm = chapter5.CHAT_TEMPERATURE
+    _, results[f"all, temperature {warm}"] = answer_tasks(model, tokenizer, everything, ends, warm)
+    show_table(results)
+
+
+# ---- Conversations of your own -------------------------------------------------------------------
+CONVERSATIONS = {"dolly": (
+    "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
+    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0")}
+
+
+def messages_of(data):
+    """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
+    messages = data.get("messages")
+    if not messages:
+        question = f"{data['instruction']}\n\n{data.get('input') or data.get('context') or ''}"
+        messages = [{"role": "user", "content": question},
+                    {"role": "assistant", "content": data.get("output") or data["response"]}]
+    spoken = [message["role"] for message in messages if message["role"] != "system"]
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(f"user and assistant should take turns, the assistant last, not {spoken}")
+    if not all(message["content"].strip() for message in messages):
+        raise ValueError("a message is empty")
+    return messages
+
+
+def read_conversations(path):
+    """Return the conversations of a file of JSON lines. Raises CourseError naming a bad line."""
+    conversations = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            conversations.append(messages_of(json.loads(line)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
+                              "content) or instruction and output") from None
+    return conversations
+
+
+def open_conversations(config):
+    """Return (conversations to learn from, held-out ones) of --conversations."""
+    path = config.conversations
+    if path in CONVERSATIONS:
+        path = chapter2.download(path, Path(config.out) / "downloads", CONVERSATIONS)
+    conversations = read_conversations(path)
+    if len(conversations) < 20:
+        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
+              "that of the ones it learns")
+        return conversations, conversations
+    random.Random(0).shuffle(conversations)
+    cut = len(conversations) // 20 + 1
+    return conversations[cut:], conversations[:cut]
 
 
 # ---- The script ----------------------------------------------------------------------------------
+@dataclass
+class Config(chapter4.TrainingConfig):
+    init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
+    steps: int = 1200  # updates of the weights
+    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
+    matrix_lr: float = 6e-3  # Muon's learning rate for matrices
+    eval_every: int = 600  # steps between evaluations (each also saves)
+    context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
+    conversations: str = ""  # JSON lines of your own, or dolly (default: tasks that can be checked)
+    examples: int = 30000  # tasks to learn from
+    lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
+    show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
+    tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
+    tasks_seed: int = 1000  # draws those; whoever tunes settings by them should then take another
+
+
+def defaults_for(given):
+    """Return the values of flags not given: of the run to resume, or rates for foreign weights."""
+    if given.get("resume"):
+        return chapter4.resumed_settings(Path(given.get("out", "out")) / "chat", given)
+    return chapter4.GENTLE if given.get("init") else {}
+
+
 def with_chat_tokens(model, tokenizer):
-    """Return (model, tokenizer) that know the marks of ChatML; a foreign pair may lack them."""
-    missing = [text for text in (chapter5.CHAT_START, chapter5.CHAT_END) if text not in tokenizer.special_tokens]
+    """Return (model, tokenizer, tokens added): both know ChatML's marks, which GPT-2's do not."""
+    missing = [text for text in (CHAT_START, CHAT_END) if text not in tokenizer.special_tokens]
     if not missing:
-        return model, tokenizer
+        return model, tokenizer, []
+    first = tokenizer.vocab_size
+    added = [chapter1.special_json(text, first + i) for i, text in enumerate(missing)]
+    added = tokenizer.data["added_tokens"] + added
+    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
+    V = max(tokenizer.vocab_size, model.config.vocab_size)
+    grown = chapter3.GPT(replace(model.config, vocab_size=V))
+    target = grown.state_dict()                                # shares its memory with the model
+    for name, tensor in model.state_dict().items():
+        target[name][:len(tensor)] = tensor
     print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": tokenizer.vocab_size + i, "content": text, **flags, "special": True} for i, text in enumerate(missing)]
-    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": tokenizer.data["added_tokens"] + added})
-    grown = chapter3.GPT(replace(model.config, vocab_size=max(tokenizer.vocab_size, model.config.vocab_size)))
-    for name, tensor in model.state_dict().items():            # a state_dict shares its memory with the model
-        grown.state_dict()[name][:len(tensor)] = tensor
-    return grown.eval().to(model.embed_tokens.weight.device), tokenizer
+    return grown.eval(), tokenizer, missing
 
 
-def read_examples(config, functions, names, tokenizer, T):
-    """Return the encoded conversations that fit the context, to learn from and held out; counts the others."""
-    path = config.conversations
-    if path in chapter2.CONVERSATIONS:
-        path = chapter2.download(path, Path(config.out) / "downloads", chapter2.CONVERSATIONS)
-    made = [task for copy in range(4) for task in make_tasks(functions["train"], 0, config.seed + copy, names if copy else ())]
-    conversations = read_conversations(path, 0 if path == config.conversations else 100) if path else [turns for *_, turns in made]
-    examples = [chapter5.encode_chat(tokenizer, turns) for turns in conversations]
-    fitting = [example for example in examples if len(example[0]) <= T + 1]      # cut short, they would teach not to end
-    print(f"{len(fitting):,} conversations; {len(examples) - len(fitting):,} longer than the context of {T} are left out")
-    if len(fitting) < 2:
-        raise CourseError(f"--conversations {path}: too few fit the context of {T} tokens: use shorter ones")
-    if path:
-        return fitting[len(fitting) // 20 + 1:], fitting[:len(fitting) // 20 + 1]
-    held_out = [turns for kind, _, turns in make_tasks(functions["val"], 0, 0, names) if kind != "purpose"]
-    for _, answer in held_out:                                 # any body will do: the answer's first line is judged,
-        answer["content"] = answer["content"].split("\n")[0]   # less 3 tokens: one that may join "\n", the mark, "\n"
-    encoded = [chapter5.encode_chat(tokenizer, turns) for turns in held_out]
-    return fitting, [(ids, learnt[:-3] + [False] * 3) for ids, learnt in encoded if len(ids) <= T + 1]
+def encode_fitting(conversations, tokenizer, context):
+    """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
+    examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
+    fitting = [example for example in examples if len(example[0]) <= context + 1]
+    if len(fitting) < len(examples):
+        print(f"left out, as longer than the context of {context}: {len(examples) - len(fitting):,} "
+              f"conversations of {len(examples):,}")
+    if not fitting:
+        raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
+    return fitting
 
 
-def judge_rows(model, machine, rows, bytes_of):
-    """Return (nats per answer token, bits per byte, no remark) on held-out packed rows (rows, 3, T)."""
-    objective, learnt = chapter4.Objective(model).eval(), rows[:, 1][rows[:, 1] != IGNORED]
-    with torch.no_grad(), machine.autocast():
-        nats = sum(objective(*part.unbind(1)).item() for part in rows.to(machine.device).split(8))
+def text_of_chapter2(out, tokenizer, split):
+    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
+    folder = Path(out) / "data"
+    if not (folder / "meta.json").exists():
+        return np.zeros(0, np.uint16)
+    tokens, meta = chapter2.open_tokens(folder, split)
+    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
+
+
+@torch.no_grad()
+def judge_examples(model, machine, sequences, bytes_of):
+    """Return (nats per learnt token, bits per byte, no remark) on packed sequences (N, 3, T)."""
+    objective = chapter4.Objective(model)
+    learnt = sequences[:, 1][sequences[:, 1] != IGNORED]
+    nats = 0.0
+    for part in sequences.to(machine.device).split(8):
+        with machine.autocast():
+            nats += objective(*part.unbind(1))[0].item()
     return nats / len(learnt), nats / math.log(2) / bytes_of[learnt].sum().item(), ""
 
 
+def make_conversations(config, tokenizer):
+    """Return (conversations to learn from, some with new names, {what is new: held-out tasks})."""
+    words, new_words = split_words(tokenizer)
+    learnt = draw_tasks(words, config.examples, config.seed)
+    held_out = draw_tasks(new_words, 200, config.seed)
+    tasks = held_out_tasks(words, new_words, config.tasks, config.tasks_seed)
+    return map(conversation_of, learnt), map(conversation_of, held_out), tasks
+
+
 def main(config):
-    """Tune, save, and count obedience before and after."""
+    """Tune, save, and run the answers to held-out tasks."""
     out, folder = Path(config.out), Path(config.out) / "chat"
-    saved, config = chapter4.read_checkpoint(folder / "resume.pt", config) if config.resume else (None, config)
-    machine, (functions, names) = chapter4.choose_machine(config), library_functions()
+    machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
-    model, tokenizer = with_chat_tokens(*chapter5.open_model(config.init or out / "base", machine.device)[:2])
-    T, model.config.attention = model.config.context, replace(model.config, attention=config.attention).attention
-    ends = {i for text, i in tokenizer.special_tokens.items() if text in (chapter5.CHAT_END, chapter1.END_OF_TEXT)}
-    examples, held_out = read_examples(config, functions, names, tokenizer, T)
+
+    # 1. The model, and the ids that end an answer.
+    model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
+    model, tokenizer, added = with_chat_tokens(model, tokenizer)
+    model.to(machine.device)
+    end = tokenizer.special_tokens[CHAT_END]
+    ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
+
+    # 2. Conversations to learn from; held-out ones tell, while it learns, how well it does.
+    tasks = {}
+    if config.conversations:
+        learnt, held_out = open_conversations(config)
+    else:
+        learnt, held_out, tasks = make_conversations(config, tokenizer)
+    examples = encode_fitting(learnt, tokenizer, model.config.context)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
-    tasks, new_tasks = (held_out_tasks(functions, config.tasks, phrasing) for phrasing in (0, 1))
-    known, settings = {function.source for function in functions["train"]}, chapter5.Config(max_tokens=120)
-    count = lambda model, tasks=tasks, temperature=chapter5.CHAT_TEMPERATURE: count_obeyed(
-        model, tokenizer, tasks, replace(settings, temperature=temperature), ends, known)
-    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
-    (text, meta), (val, _) = (chapter2.open_tokens(out / "data", split) for split in ("train", "val"))
-    if own := meta["fingerprint"] == tokenizer.fingerprint():  # some of chapter 4's text, so that less is forgotten
-        starts = range(0, len(text) - T, 16 * T)[:len(examples) // 30]
-        examples += [(text[start:start + T + 1].tolist(), [True] * (T + 1)) for start in starts]
-    remembers = lambda model: chapter4.evaluate(model, machine, val, bytes_of, 65536)[1] if own else math.nan
-    results, bits = {"before": count(model)}, remembers(model)
-    if config.lora_rank > 0:
+    longest = max(len(ids) for ids, _ in examples)
+    T = min(model.config.context, max(256, longest))           # a foreign context may be huge
+    text = text_of_chapter2(config.out, tokenizer, "train")    # so that less of it is forgotten
+    stride = max(T, 30 * len(text) // len(examples))           # a piece for 30 conversations
+    for start in range(0, len(text) - T, stride):
+        examples.append((text[start:start + T + 1].tolist(), [True] * (T + 1)))
+    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end, 0)         # (N, 3, T)
+
+    # 3. Training, as in chapter 4.
+    if config.lora_rank:
         config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
         add_lora(model, config.lora_rank)
-        print(f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters are trained")
-    batch = packed_batches(examples, max(1, config.batch_tokens // T), T, min(ends), config.seed)
-    judge = lambda model, rows=pack(held_out, T, min(ends), 0): judge_rows(model, machine, rows, bytes_of)
-    keep = lambda model: chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), chapter5.CHAT_TEMPLATE)
-    facts = {"tokenizer": tokenizer.fingerprint(), "sum of all ids": sum(sum(ids) for ids, _ in examples + held_out)}
-    chapter4.train(model, batch, config, machine, folder, judge, keep, facts, saved)
+        model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
+    batch = packed_batches(examples, max(1, config.batch_tokens // T), T, end, config.seed)
+    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
+
+    def judge_loss(model):
+        return judge_examples(model, machine, held_out, bytes_of)
+
+    def keep(model):
+        template = chapter5.CHAT_TEMPLATE
+        chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), template)
+
+    saved = chapter4.read_checkpoint(folder) if config.resume else None
+    chapter4.train(model, batch, config, machine, folder, judge_loss, keep, saved)
+
+    # 4. What the best model can do now, and what it has forgotten.
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
-        results |= {"after": count(tuned), "after, greedy": count(tuned, temperature=0.0),
-                    "after, new phrasings": count(tuned, new_tasks)}
-        show_results(results, tasks, folder / "before_after.png")
-        print(f"chapter 4's held-out text: {bits:.3f} bits per byte before, {remembers(tuned):.3f} after")
-        print(f"saved {folder}; next: python 05_sample.py --chat")
+        if config.tasks > 0 and tasks:
+            show_results(tuned, tokenizer, tasks, ends)
+        text = text_of_chapter2(config.out, tokenizer, "val")
+        if len(text) > tuned.config.context:
+            _, bits = chapter4.evaluate(tuned, machine, text, bytes_of, config.eval_tokens)
+            print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
+        print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
 
 if __name__ == "__main__":
-    chapter1.run(main, Config, __doc__)
+    chapter1.run(main, Config, __doc__, defaults_for)
