@@ -1,13 +1,13 @@
 """Chapter 3 · The model: a GPT with attention by hand, able to open GPT-2, Llama and Qwen3 weights.
 
-Tokens go in, and for every position a score comes out for each token that could be next. In between
-stands a stack of equal blocks. In each, attention lets a position gather what it needs from the
-positions before it, and the MLP, a small network, thinks about what was gathered. Both only add to
-a running sum, the residual stream x, so that no layer can lose what an earlier one has found:
+Tokens go in; out comes, at every position, a score (logit) for each token that could be next. In
+between stands a stack of equal blocks. In each, attention lets a position gather what it needs from
+those before it, and the MLP, a small network, thinks about what was gathered. Both only add to a
+running sum, the residual stream x, so that no block can lose what an earlier one has found:
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...-> norm
                                          |                       ^  |                 ^          |
-                                         +-> norm -> attention --+  +-> norm -> MLP --+        head
+                                         +-> norm -> attention --+  +-> norm -> MLP --+      lm_head
     GPT-2 (2019)  LayerNorm  learned positions  GELU    biases                                   |
     today         RMSNorm    RoPE               SwiGLU  QK-norm, grouped heads   logits (B, T, V)
 
@@ -19,11 +19,11 @@ Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Zhang 20
 """
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -34,9 +34,10 @@ CourseError = chapter1.CourseError
 
 # Legend
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T and those in a cache
-#   H  heads     K  heads with keys of their own     D  numbers of one head     L  layers
+#   H  heads     K  heads with keys of their own     D  numbers of one head     L  blocks
 #   C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-# Folders that transformers opens (save, load) are tools: they stand at the file's end.
+#   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes
+# Folders that transformers opens (model.save, GPT.load) are tools: they stand at the file's end.
 
 
 # ---- Attention, by its definition ----------------------------------------------------------------
@@ -44,17 +45,15 @@ CourseError = chapter1.CourseError
 # value): three lists of numbers that the model learns to make. The better a label fits a question,
 # the larger their product, and the more of that value is taken. "sat" asks who does it, say:
 #     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); products: 0, 4, 2
-#     over sqrt(2): 0, 2.8, 1.4; softmax: .05, .77, .19: so "sat" takes .77 of the value of "cat"
+#     over sqrt(2): 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
+# So "sat" takes .77 of the value of "cat" and little of the others.
 # Why sqrt(D)? A sum of D random products grows like sqrt(D). With large scores, softmax gives all
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
-    """Average the values by how well the queries fit the keys (Vaswani et al. 2017).
-
-    q (B, H, T, D), k and v (B, H, S, D), visible: bool, (T, S) or (B, 1, T, S) -> (B, H, T, D)
-    """
+    """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
     q = q / math.sqrt(q.shape[-1])
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
-    if visible is not None:
+    if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
     weights = scores.softmax(dim=-1)             # each query's weights sum to 1
     return weights @ v                           # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
@@ -64,50 +63,44 @@ def who_sees(T, S, documents=None, device=None):
     """Return the causal mask: True where one of the last T of S positions may look at one of all S.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text, it sees its own text only. (T, S), or (B, 1, T, S).
+    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
-    seen = torch.arange(S, device=device)                          # (S)
-    asks = seen[S - T:, None]                                      # (T, 1)
-    visible = seen <= asks                                         # (T, S)
+    seen = torch.arange(S, device=device)        # (S)
+    asks = seen[S - T:, None]                    # (T, 1)
+    visible = seen <= asks                       # (T, S)
     if documents is not None:
         same = documents[:, S - T:, None] == documents[:, None, :]             # (B, T, S)
-        visible = visible & same[:, None]                                      # (B, 1, T, S)
+        visible = visible & same[:, None]        # (B, 1, T, S): alike for all heads
     return visible
 
 
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
 def attention_in_blocks(q, k, v, visible, block=128):
-    """Return attention_formula's result, for `block` queries at a time.
+    """Return what attention_formula does, for `block` queries at a time.
 
     The formula computes all (T, S) scores, and the mask throws half of them away. A block of
     queries is held only against the keys up to its last one: less work, and never (T, S) at once.
     """
     parts = []
-    T, S = visible.shape[-2:]
-    for i in range(0, T, block):
-        end = S - T + i + block                                    # no key from here on is visible
-        mask = visible[..., i:i + block, :end]
-        parts.append(attention_formula(q[:, :, i:i + block], k[:, :, :end], v[:, :, :end], mask))
+    end = k.shape[2] - q.shape[2]
+    for queries, mask in zip(q.split(block, dim=2), visible.split(block, dim=-2)):
+        end += queries.shape[2]                                    # no key from here on is visible
+        parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
     return torch.cat(parts, dim=2)                                 # (B, H, T, D)
 
 
 def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D).
-
-    kind: formula, blocks, or fused, torch's own kernel. visible: see who_sees; without it, a
-    single query sees all, and the fused kernel takes the causal mask, which it knows by heart.
-    """
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many queries share a key
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":
-        is_causal = visible is None and q.shape[2] > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal)
-    if kind == "blocks" and visible is not None:
+    if kind == "fused":                          # torch's kernel; it knows the causal mask by heart
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+    if kind == "blocks":
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
 
@@ -116,8 +109,9 @@ def choose_attention(kind, S, device):
     """Return what "auto" stands for: up to 256 keys, one large product is the fastest anyway."""
     if kind != "auto":
         return kind
-    long = "fused" if device.type == "cuda" else "blocks"
-    return "formula" if S <= 256 else long
+    if S <= 256:
+        return "formula"
+    return "fused" if device.type == "cuda" else "blocks"
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
@@ -145,11 +139,12 @@ def rotate(x, cos, sin):
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
-# For those new to torch: an nn.Module holds weights and other modules, and module(x) calls its
-# `forward`. nn.Linear(a, b) is the product x @ W.T + bias with a matrix W (b, a) that is learnt;
+# For those new to torch: an nn.Module holds weights (nn.Parameter) and other modules, and module(x)
+# calls its `forward`; super().__init__() lets torch find them all, to train, save and move them.
+# nn.Linear(a, b) is the product x @ W.T + bias with a matrix W (b, a) that is learnt;
 # nn.Embedding(V, C) is a table (V, C): indexed by an id, it gives that row of C numbers.
 class RMSNorm(nn.Module):
-    """Scale x (..., width) to unit root mean square, in float32, then by learned weights."""
+    """Scale x (..., width) to unit root mean square, then by learned weights."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -157,25 +152,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps): torch does it in one step, which sampling feels
-        scaled = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return scaled.type_as(x) * self.weight
+        # x / sqrt(mean(x^2) + eps): torch does it in one step, in float32 also where x is coarser
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
 
 
-NORMS = {  # name: norm(width, config)
-    "rmsnorm": lambda width, config: RMSNorm(width, config.norm_eps),
-    "layernorm": lambda width, config: nn.LayerNorm(width, config.norm_eps, bias=config.bias),
-}
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 MLPS = {  # name: (what bends the numbers, whether it is a gate for others)
-    "swiglu": (F.silu, True),                                      # x sigmoid(x)
-    "gelu": (partial(F.gelu, approximate="tanh"), False),          # x P(a normal number < x)
+    "swiglu": (F.silu, True),                    # x sigmoid(x)
+    "gelu": (nn.GELU("tanh"), False),            # x times the share of normal numbers below x
 }
-KINDS = {
-    "norm": NORMS,
-    "positions": ("rope", "learned"),
-    "mlp": MLPS,
-    "attention": ("auto", "formula", "blocks", "fused"),
-}
+KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
+         "attention": ["auto", "formula", "blocks", "fused"]}
 
 
 @dataclass
@@ -192,9 +179,9 @@ class GPTConfig:
     norm: str = "rmsnorm"  # rmsnorm, or layernorm, which also takes the mean out
     positions: str = "rope"  # rope, or learned: a learned vector for each position
     mlp: str = "swiglu"  # swiglu, or gelu, which bends each number by itself, without a gate
-    bias: bool = False  # add a learned constant in linear and LayerNorm layers
+    bias: bool = False  # add a learned constant in linear layers (LayerNorm has one anyway)
     qk_norm: bool = True  # normalise queries and keys, so that no score grows too large
-    tied: bool = True  # use the embedding matrix as the head as well
+    tied: bool = True  # use the embedding matrix as lm_head as well
     dropout: float = 0.0  # share of activations set to zero in training, against overfitting
     rope_theta: float = 10000.0  # 1 / speed of RoPE's slowest pair; more for a longer context
     norm_eps: float = 1e-6  # keeps the norms from dividing by zero
@@ -203,20 +190,18 @@ class GPTConfig:
     def __post_init__(self):
         for name, kinds in KINDS.items():
             if getattr(self, name) not in kinds:
-                raise CourseError(f"--{name} {getattr(self, name)}: choose of {', '.join(kinds)}")
-        _, has_gate = MLPS[self.mlp]
-        # A gate is a third matrix: with two thirds of the width, three are as large as two.
-        hidden = math.ceil(self.width * 8 / 3 / 64) * 64 if has_gate else 4 * self.width
-        self.hidden = self.hidden or hidden
+                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
         self.kv_heads = self.kv_heads or self.heads
-        if min(self.vocab_size, self.context, self.layers, self.heads, self.width) < 1:
-            raise CourseError("vocabulary, context, layers, heads and width must be at least 1")
-        if self.width % self.heads or self.heads % self.kv_heads:
+        if self.heads < 1 or self.width % self.heads or self.heads % self.kv_heads:
             raise CourseError(f"--width {self.width} must be a multiple of --heads {self.heads}, "
-                              f"and that of --kv-heads {self.kv_heads}")
+                              f"and that one of --kv-heads {self.kv_heads}")
         self.head_width = self.head_width or self.width // self.heads
-        if self.positions == "rope" and self.head_width % 2:
-            raise CourseError(f"RoPE turns pairs, but a head has {self.head_width} numbers")
+        if self.head_width % 2:
+            raise CourseError(f"--head-width {self.head_width} must be even: RoPE turns pairs")
+        if not self.hidden:
+            _, has_gate = MLPS[self.mlp]
+            # A gate is a third matrix: three of 8/3 C (in steps of 64) are as large as two of 4 C.
+            self.hidden = math.ceil(self.width / 24) * 64 if has_gate else 4 * self.width
 
 
 # ---- The model: its parts bear the names that Llama's have in transformers -----------------------
@@ -228,23 +213,22 @@ class Attention(nn.Module):
         self.config = config
         self.layer = layer
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
-        self.q_proj = nn.Linear(C, H * D, bias=config.bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.bias)        # with K < H, fewer keys and
-        self.v_proj = nn.Linear(C, K * D, bias=config.bias)        # values have to be kept in the
-        self.o_proj = nn.Linear(H * D, C, bias=config.bias)        # cache of chapter 5
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def into_heads(self, x):
-        """(B, T, H D) -> (B, H, T, D)"""
-        return x.unflatten(-1, (-1, self.config.head_width)).transpose(1, 2)
+        # Why fewer heads with keys? In sampling all keys and values are kept: K / H of the memory.
+        self.q_proj = nn.Linear(C, H * D, config.bias)
+        self.k_proj = nn.Linear(C, K * D, config.bias)
+        self.v_proj = nn.Linear(C, K * D, config.bias)
+        self.o_proj = nn.Linear(H * D, C, config.bias)
+        norm = RMSNorm if config.qk_norm else nn.Identity          # which gives back what it gets
+        self.q_norm = norm(D, config.norm_eps)
+        self.k_norm = norm(D, config.norm_eps)
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        q = self.q_norm(self.into_heads(self.q_proj(x)))
-        k = self.k_norm(self.into_heads(self.k_proj(x)))
-        v = self.into_heads(self.v_proj(x))
-        if angles is not None:
+        into_heads = (-1, self.config.head_width)                  # (B, T, H D) -> (B, T, H, D)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2))
+        v = self.v_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
+        if self.config.positions == "rope":
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         return q, k, v
@@ -258,23 +242,22 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, bend, down. A gate, where there is one, says how much of each number gets through."""
+    """Up, bend (or up and down were one matrix), down. A gate says how much gets through."""
 
     def __init__(self, config):
         super().__init__()
-        self.bend, has_gate = MLPS[config.mlp]
-        self.up_proj = nn.Linear(config.width, config.hidden, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden, config.width, bias=config.bias)
-        self.gate_proj = None
-        if has_gate:
-            self.gate_proj = nn.Linear(config.width, config.hidden, bias=config.bias)
+        self.bend, self.has_gate = MLPS[config.mlp]
+        self.up_proj = nn.Linear(config.width, config.hidden, config.bias)
+        self.down_proj = nn.Linear(config.hidden, config.width, config.bias)
+        if self.has_gate:
+            self.gate_proj = nn.Linear(config.width, config.hidden, config.bias)
 
     def forward(self, x):
         up = self.up_proj(x)                                       # (B, T, C) -> (B, T, F)
-        if self.gate_proj is None:
-            up = self.bend(up)
-        else:
+        if self.has_gate:
             up = self.bend(self.gate_proj(x)) * up
+        else:
+            up = self.bend(up)
         return self.down_proj(up)                                  # (B, T, F) -> (B, T, C)
 
 
@@ -283,9 +266,9 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = NORMS[config.norm](config.width, config)
+        self.input_layernorm = NORMS[config.norm](config.width, config.norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = NORMS[config.norm](config.width, config)
+        self.post_attention_layernorm = NORMS[config.norm](config.width, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -307,7 +290,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.context, config.width)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
-        self.norm = NORMS[config.norm](config.width, config)
+        self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None
         if not config.tied:
@@ -326,27 +309,25 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, ids, documents=None, cache=None, last_only=False):
-        """Return logits (B, T, V) for ids (B, T), the next T after those in the cache.
+        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5).
 
-        documents (B, T): a number per text, where several share a sequence; last_only: logits of
-        the last position alone, (B, 1, V). Raises CourseError past the context.
+        documents (B, S): a number per text, where several share a sequence. last_only: of the last
+        position alone, (B, 1, V). Raises CourseError past the context.
         """
         past = 0 if cache is None else cache.length
-        T, S = ids.shape[1], past + ids.shape[1]
+        T = ids.shape[1]
+        S = past + T
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         kind = choose_attention(self.config.attention, S, ids.device)
-        visible = None                                             # see `attention`
-        if T > 1 and (kind != "fused" or documents is not None or past > 0):
+        visible = None                                             # the fused kernel makes its own
+        if kind != "fused" or documents is not None or past:
             visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
-
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
-        angles = None
-        if self.embed_positions is None:
-            angles = rope_angles(self.config, positions)
-        else:
-            x = x + self.embed_positions(positions)
+        angles = rope_angles(self.config, positions)               # (T, D), for RoPE
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
         for block in self.layers:
             x = block(x, angles, visible, kind, cache)             # (B, T, C) -> (B, T, C)
@@ -354,70 +335,53 @@ class GPT(nn.Module):
             cache.length = S
         if last_only:
             x = x[:, -1:]                                          # (B, T, C) -> (B, 1, C)
-        # Why may the embedding be the head? Both hold C numbers for each token: what it means when
+        # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
         # it is read, and what x must look like for it to come next. It saves V x C weights.
         head = self.lm_head or self.embed_tokens
         return F.linear(self.norm(x), head.weight)                 # (B, T, C) -> (B, T, V)
 
-    def save(self, folder):
-        """Write config.json and model.safetensors; transformers and vLLM open most shapes."""
-        save_model(self, folder)
-
-    @staticmethod
-    def load(folder, context=0):
-        """Open a folder: ours, or of the GPT-2, Llama, Qwen3 family; `context` can shorten that."""
-        return load_model(folder, context)
-
 
 # ---- Looking at it -------------------------------------------------------------------------------
 def show_parts(config):
-    """Print the parameters of a model, those of one block for all of them, and what they cost.
+    """Print the parameters of a model, of its blocks the first only, and what they cost.
 
-    To train on a token takes 6 operations a weight: each weight is multiplied and added once on the
-    way forward (2), and twice as often on the way back, for the gradients of weights and inputs
-    (4). The scores of attention have no weights, but cost likewise: C products with each of T keys.
+    To train on a token takes about 6 operations a weight: each is multiplied and added on the way
+    forward (2), and twice as often on the way back, for the gradients of weights and inputs (4).
+    The scores of attention have no weights, but cost likewise: C products with each of T keys.
     """
     with torch.device("meta"):                                     # shapes without numbers
         parts = dict(GPT(config).named_parameters())
-    multiplied = config.vocab_size * config.width                  # the head
     for name, part in parts.items():
-        if "proj" in name:
-            multiplied += part.numel()
-        if ".0." in name:
-            print(f"{name:42} {str(list(part.shape)):14} {part.numel():12,} x {config.layers}")
-        elif "layers." not in name:
-            print(f"{name:42} {str(list(part.shape)):14} {part.numel():12,}")
-    scores = config.layers * config.heads * config.head_width * config.context
+        if "layers." not in name or ".0." in name:
+            print(f"{part.numel():12,}  {name}", list(part.shape))
     total = sum(part.numel() for part in parts.values())
-    print(f"{total:,} parameters, {6 * (multiplied + scores) / 1e6:,.1f} MFLOP to train on a token")
+    scores = config.layers * config.heads * config.head_width * config.context
+    print(f"{total:,} parameters with all {config.layers} layers, "
+          f"{6 * (total + scores) / 1e6:,.1f} MFLOP to train on a token")
 
 
-@torch.no_grad()
 def show_causality(config):
-    """Print the first loss of a random model of two layers, and that it sees no later token."""
+    """Print the loss of a random model, -log P(next token), and whether it looks ahead."""
     V = config.vocab_size
     model = GPT(replace(config, layers=2, dropout=0.0))
-    T = min(128, config.context)
-    ids = torch.randint(V, (8, T))                                 # (B, T)
-    others = ids.clone()
-    others[:, T // 2:] = ids.flip(0)[:, T // 2:]                   # another second half
+    half = min(64, config.context // 2)
+    ids = torch.randint(V, (8, 2 * half))                          # (B, T)
     logits = model(ids)                                            # (B, T, V)
-    change = (model(others) - logits).abs()
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    print(f"first loss {loss:.2f} (2 layers); a guess among {V:,} tokens: {math.log(V):.2f}")
-    print("another second half changes logits by "
-          f"{change[:, :T // 2].max():.0e} in the first half, "
-          f"{change[:, T // 2:].max():.0e} in the second")
+    print(f"first loss {loss:.2f} (2 layers); a guess among {V} tokens: {math.log(V):.2f}")
+    ids[:, half:] = 0                                              # another second half
+    first, second = (model(ids) - logits).abs().split(half, dim=1)
+    print(f"another second half changes logits by {first.max():.0e} in the first half, "
+          f"{second.max():.0e} in the second")
 
 
 def draw_rope(config, path):
     """Draw how alike RoPE leaves two positions at a distance: for some pairs, and their mean."""
-    cosines, _ = rope_angles(config, torch.arange(config.context))
-    cosines = cosines[:, :config.head_width // 2]                  # (T, D/2)
+    cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle")
-    axis.set_title("RoPE: each pair turns at its own speed; black: the mean of all pairs")
-    axis.plot(cosines[:, ::max(1, config.head_width // 8)], linewidth=1)
+    axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
+                              title="RoPE: every fourth pair of numbers; black: the mean of all")
+    axis.plot(cosines[:, :config.head_width // 2:4], linewidth=1)
     axis.plot(cosines.mean(dim=1), "k")
     chapter1.save_figure(figure, path)
     print(f"drew {path}")
@@ -440,19 +404,19 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
     "gpt2-large": dict(LARGE, **GPT2, layers=36, heads=20, width=1280),
     "gpt2-xl": dict(LARGE, **GPT2, layers=48, heads=25, width=1600),
 }
-SHAPE = [item.name for item in fields(GPTConfig)]
+SHAPE = list(asdict(GPTConfig()))
 
 
 def describe_presets():
     """Return the presets as text for --help."""
-    lines = [f"  {name}: {values}" for name, values in PRESETS.items()]
-    return "\n".join(["", "presets, where not as the defaults:", *lines])
+    lines = [f"\n  {name}: {values}" for name, values in PRESETS.items()]
+    return "\npresets, where not as the defaults:" + "".join(lines)
 
 
 def find_preset(name):
     """Return the values of a preset. Raises CourseError if there is none of that name."""
     if name not in PRESETS:
-        raise CourseError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+        raise CourseError(f"--preset {name}: choose one of {[*PRESETS]}")
     return PRESETS[name]
 
 
@@ -475,204 +439,179 @@ def defaults_for(given):
 
 def main(config):
     """Show parts and cost, the first loss, and that the model sees no later token; draw RoPE."""
-    shape = shape_of(config)
-    print(shape)
-    show_parts(shape)
-    show_causality(shape)
-    if shape.positions == "rope":
-        draw_rope(shape, Path(config.out) / "rope.png")
+    print(config)
+    show_parts(config)
+    show_causality(config)
+    if config.positions == "rope":
+        draw_rope(config, Path(config.out) / "rope.png")
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
 # ---- Tools: folders for transformers, config.json and model.safetensors --------------------------
-FAMILIES = {  # model_type: its class in transformers, and the parts that all its models have
-    "gpt2": ("GPT2LMHeadModel", dict(norm="layernorm", positions="learned", mlp="gelu", bias=True,
-                                     qk_norm=False, tied=True)),
-    "llama": ("LlamaForCausalLM", dict(qk_norm=False, tied=False)),
-    "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True, tied=False)),
-}
-SETTINGS = {  # ours: (Llama's name, GPT-2's)
-    "vocab_size": ("vocab_size", "vocab_size"), "dropout": ("resid_pdrop", "resid_pdrop"),
-    "context": ("max_position_embeddings", "n_positions"), "layers": ("num_hidden_layers", "n_layer"),
-    "heads": ("num_attention_heads", "n_head"), "width": ("hidden_size", "n_embd"),
-    "hidden": ("intermediate_size", "n_inner"), "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
-    "tied": ("tie_word_embeddings", "tie_word_embeddings"), "rope_theta": ("rope_theta", None),
-    "kv_heads": ("num_key_value_heads", None), "head_width": ("head_dim", None),
-}
-ACCEPTED = {  # other settings: the values that we can honour, of which the first is written
-    "hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "rope_type": ["default"], "rope_scaling": [None], "quantization_config": [None],
-    "attention_bias": [False], "mlp_bias": [False], "use_sliding_window": [False],
-    "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-}
-GPT2_NAMES = {
+GPT2_SETTINGS = {  # ours: theirs, in config.json
+    "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head",
+    "width": "n_embd", "hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
+    "tied": "tie_word_embeddings", "dropout": "resid_pdrop"}
+LLAMA_SETTINGS = {
+    "vocab_size": "vocab_size", "context": "max_position_embeddings", "width": "hidden_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "head_width": "head_dim",
+    "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings", "dropout": "resid_pdrop", "rope_theta": "rope_theta"}
+FAMILIES = {  # model_type: (its class in transformers, its settings, what else its models have)
+    "gpt2": ("GPT2LMHeadModel", GPT2_SETTINGS, GPT2),
+    "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False})}
+EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
+    "hidden_act": "silu", "activation_function": "gelu_new", "rope_type": "default",
+    "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "quantization_config": None}
+GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
     "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
     "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
     "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "c_proj",
-    "up_proj": "c_fc", "down_proj": "c_proj",
-}
-# A safetensors file: 8 bytes N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the numbers.
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}
+    "up_proj": "c_fc", "down_proj": "c_proj"}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_config(config, family):
     """Return what config.json holds for a config under a family's model_type."""
     if family == "course":                       # transformers has no model with these parts
         return {"model_type": "course", "course": asdict(config)}
-    data = {name: values[0] for name, values in ACCEPTED.items()}
-    data.update(model_type=family, architectures=[FAMILIES[family][0]], dtype="float32",
-                bos_token_id=None, eos_token_id=None)
-    for ours, names in SETTINGS.items():
-        data[names[family == "gpt2"]] = getattr(config, ours)
-    data.pop(None, None)                         # what GPT-2 has no name for
-    if family != "gpt2":                         # transformers 5 reads only this, 4 only the other
-        data["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    architecture, settings, _ = FAMILIES[family]
+    data = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
+    data.update(model_type=family, architectures=[architecture], bos_token_id=None,
+                eos_token_id=None,
+                # transformers 5 reads only this, 4 only the rope_theta outside
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
     return data
 
 
 def read_config(data):
     """Return the GPTConfig of a parsed config.json. Raises CourseError for what we do not know."""
-    family = data.get("model_type")
+    family = data["model_type"]
     if family == "course":
         return GPTConfig(**data["course"])
     if family not in FAMILIES:
         raise CourseError(f"a model of type {family} is not supported")
-    data = {**data, **(data.get("rope_parameters") or {})}
-    for name, values in ACCEPTED.items():
-        if data.get(name, values[0]) not in values:
+    _, settings, values = FAMILIES[family]
+    values = {"heads": 0, **values}              # none: the weights do not tell how many
+    data.update(data.get("rope_parameters") or {})
+    for name, value in EXPECTED.items():
+        if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
-    found = {}
-    for ours, names in SETTINGS.items():
-        value = data.get(names[family == "gpt2"])
-        if value is not None:
-            found[ours] = value
-    if "heads" not in found or "context" not in found:         # the weights would not tell
-        raise CourseError("the number of heads or the context is missing")
-    return GPTConfig(**{**FAMILIES[family][1], **found})
+    for ours, theirs in settings.items():
+        if data.get(theirs) is not None:
+            values[ours] = data[theirs]
+    return GPTConfig(**values)
 
 
 def family_of(config):
-    """Return the model_type under which transformers opens a config and loses nothing, or "course".
-
-    A setting that a family does not know, a new one of yours too, would not come back.
-    """
+    """Return the family in which no setting, a new one of yours included, is lost, or "course"."""
     for family in FAMILIES:
         if read_config(write_config(config, family)) == replace(config, attention="auto"):
             return family
     return "course"
 
 
-def family_tensors(model):
-    """Return {name in the family's file: [views of our parameters, side by side in it]}.
-
-    Llama's names are ours. In GPT-2's, matrices are (in, out), and q, k and v are joined.
-    """
+def family_tensors(model, family):
+    """Return {name in a family's file, less its prefix: [our parameters, side by side in it]}."""
     tensors = {}
-    is_gpt2 = family_of(model.config) == "gpt2"
     for name, parameter in model.named_parameters():
         view = parameter.detach()
-        prefix = "model."
-        if is_gpt2:
-            prefix = "transformer."
+        if family == "gpt2":                                   # q, k and v are joined there,
             name = ".".join([GPT2_NAMES.get(part, part) for part in name.split(".")])
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                view = view.T
-        if name != "lm_head.weight":
-            name = prefix + name
+                view = view.T                                  # and matrices are (in, out)
         tensors.setdefault(name, []).append(view)
     return tensors
 
 
+# A safetensors file: 8 bytes N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the numbers.
 def save_model(model, folder):
     """Write config.json and model.safetensors (float32)."""
-    tensors = {}
+    family = family_of(model.config)
+    prefix = "transformer." if family == "gpt2" else "model."
+    tensors = []
     header = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, views in family_tensors(model).items():
-        tensor = torch.cat(views, dim=-1).float().cpu().contiguous()
-        tensors[name] = tensor
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, views in family_tensors(model, family).items():
+        tensor = torch.cat(views, dim=-1).float().cpu()
+        tensors.append(tensor.numpy())
+        end += tensor.nbytes
+        if name != "lm_head.weight":
+            name = prefix + name
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [end - tensor.nbytes, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
-    path = Path(folder) / "model.safetensors"
-    with chapter1.replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.numpy())
-    data = write_config(model.config, family_of(model.config))
-    chapter1.write_json(Path(folder) / "config.json", data)
+    with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, *tensors])
+    chapter1.write_json(Path(folder) / "config.json", write_config(model.config, family))
 
 
 def read_safetensors(path):
-    """Return {name: tensor} of a safetensors file. Raises CourseError if it is damaged."""
+    """Return {name, less the prefix of its family, which some files lack: tensor}."""
     tensors = {}
-    try:
-        size = path.stat().st_size
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)        # mapped, not read
-        start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-        header = json.loads(data[8:min(start, size)].numpy().tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            numbers = data[start + begin:start + end].clone()  # a copy: views need aligned bytes
+    data = np.memmap(path, mode="r")          # its bytes; they are mapped, not read
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    left = len(data) - start
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        numbers = torch.from_numpy(data[start:][begin:end].copy())
+        left -= len(numbers)
+        if left < 0:
+            raise CourseError("tensors overlap")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):         # old GPT-2s: the mask
+            name = name.removeprefix("transformer.").removeprefix("model.")
             tensors[name] = numbers.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CourseError(f"{path} is damaged: {error!r}"[:300]) from None
     return tensors
 
 
-def crop_context(model, context):
-    """Let a model look at `context` tokens only: its full context may need too much memory."""
-    if context > model.config.context:
-        raise CourseError(f"--context {context}: the model knows {model.config.context} positions")
-    model.config.context = context
-    if model.embed_positions is not None:
-        table = model.embed_positions.weight.detach()[:context]
-        model.embed_positions = nn.Embedding.from_pretrained(table.clone(), freeze=False)
-
-
-def read_tensors(folder, prefix):
-    """Return {name: tensor} of all weight files of a folder, each name with its family's prefix."""
-    found = {}
-    for file in sorted(folder.glob("model*.safetensors")):     # large models come in several
-        for name, tensor in read_safetensors(file).items():
-            if not name.startswith((prefix, "lm_head")):       # GPT-2's own file has none
-                name = prefix + name
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):         # old: the mask
-                found[name] = tensor
-    return found
-
-
-def load_model(folder, context):
+def load_model(folder, context=0):
     """Open a folder of ours, or of the GPT-2, Llama or Qwen3 family. Raises CourseError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CourseError(f"there is no folder {folder} with a model")
-    data = chapter1.read_json(folder / "config.json", "04_train.py or 06_finetune.py")
+        raise CourseError(f"there is no folder {folder}; 04_train.py makes out/base")
+    data = chapter1.read_json(folder / "config.json", "04_train.py, or whoever made the model,")
+    found = {}
     try:
         with torch.device("meta"):                             # shapes without numbers
-            model = GPT(read_config(data))
-    except (CourseError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CourseError(f"{folder / 'config.json'}: {error}") from None
-    targets = family_tensors(model.to_empty(device="cpu"))
-    prefix = "transformer." if "transformer.wte.weight" in targets else "model."
-    found = read_tensors(folder, prefix)
-    if model.config.tied:
-        found.pop("lm_head.weight", None)
-    strange = sorted(found.keys() ^ targets.keys())
-    if strange:
-        raise CourseError(f"{folder}: tensors missing or not expected: {', '.join(strange[:5])}")
-    for name, views in targets.items():
-        for view, part in zip(views, found[name].chunk(len(views), dim=-1)):
-            if view.shape != part.shape:
-                raise CourseError(f"{folder}: {name} is {list(part.shape)}, not {list(view.shape)}")
-            view.copy_(part)                                   # whatever its dtype was, float32 now
+            model = GPT(read_config(data)).to_empty(device="cpu")
+        for path in folder.glob("model*.safetensors"):         # a large model comes in several
+            found.update(read_safetensors(path))
+        for name, views in family_tensors(model, data["model_type"]).items():
+            for view, part in zip(views, found.pop(name).chunk(len(views), dim=-1)):
+                if view.shape != part.shape:
+                    raise CourseError(f"{name} is {part.shape}, not {view.shape}")
+                view.copy_(part)                               # whatever its dtype, float32 now
+    except LookupError as error:
+        raise CourseError(f"{folder} has no {error}")
+    except Exception as error:                                 # whatever a damaged file leads to
+        raise CourseError(f"{folder}: {str(error).splitlines()[0]}")
+    found.pop("lm_head.weight", None)                          # it is the embedding, where tied
+    if found:
+        raise CourseError(f"{folder} has tensors that are not expected, like {min(found)}")
     if context:
         crop_context(model, context)
     return model
 
+
+def crop_context(model, context):
+    """Let a model look at `context` tokens only: its full context may need too much memory."""
+    config = model.config
+    if context > config.context:
+        raise CourseError(f"--context {context}: the model knows {config.context} positions")
+    config.context = context
+    if model.embed_positions is not None:
+        table = model.embed_positions.weight[:context].detach().clone()
+        model.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
+
+
+GPT.save = save_model      # model.save(folder)
+GPT.load = load_model      # GPT.load(folder)
 
 if __name__ == "__main__":
     chapter1.run(main, Config, __doc__ + describe_presets(), defaults_for)

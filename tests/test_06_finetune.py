@@ -1,374 +1,591 @@
-"""Chapter 6: the checker of answers, the loss mask, packing, LoRA, and files of conversations."""
+"""Chapter 6: one reading for each task, a judge that is right and cannot be hurt, packing and LoRA that change nothing."""
 import ast
 import doctest
 import json
+import math
+import os
 import random
-import subprocess
+import re
+import signal
 import sys
+import time
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 chapter1, chapter3, chapter4, chapter5, chapter6 = map(
     import_module, ("01_tokenizer", "03_model", "04_train", "05_sample", "06_finetune"))
-IGNORED = chapter4.IGNORED
+CourseError, IGNORED = chapter1.CourseError, chapter4.IGNORED
+SYLLABLES = "ba ke lo mu ni po ra se ti vu wa zo".split()
+MADE_UP = [first + second for first in SYLLABLES for second in SYLLABLES]
+WORDS = [word for word in MADE_UP if not chapter6.is_held_out(word)]
+NEW_WORDS = [word for word in MADE_UP if chapter6.is_held_out(word)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return chapter1.train_bpe(["def add(a, b):\n    return a + b\n", "user assistant system Write the function."] * 3, 300)
+def own_task(source, **types):
+    """Return a task of one's own: its reference, and the types of its parameters."""
+    drawn = chapter6.draw_tasks(WORDS, 1, 0)[0]
+    return drawn._replace(instruction=source, name=source[4:source.index("(")], types=types, source=source, constants=[])
 
 
-def tiny_model(vocab_size, **changes):
-    torch.manual_seed(0)
-    shape = {"vocab_size": vocab_size, "context": 64, "layers": 2, "heads": 2, "width": 32, **changes}
-    return chapter3.GPT(chapter3.GPTConfig(**shape))
+NUMBER = own_task("def f(n):\n    return n * 2", n="number")
+LIST = own_task("def f(x):\n    return sorted(x)", x="list")
+QUESTION = own_task("def f(x):\n    return [item > 0 for item in x]", x="list")
 
 
-def function(source, purpose=""):
-    node = ast.parse(source).body[0]
-    return chapter6.Function(node.name, chapter6.parameters_of(node.args), source, purpose)
+def verdicts_of(tasks, answers):
+    return chapter6.judge(tasks, answers, [True] * len(tasks))
 
 
 def test_doctests():
-    failures, attempted = doctest.testmod(chapter6)
-    assert attempted > 0 and failures == 0
+    result = doctest.testmod(chapter6)
+    assert result.attempted > 0 and result.failed == 0
 
 
-# ---- The checker
-
-ADD = "def add(a, b=1):\n    return a + b"
-
-
-@pytest.mark.parametrize("answer, parses, obeys", [
-    (ADD, True, True),
-    ("def add(a, b=1):\n    '''Add.'''\n    return a + b", True, True),
-    ("def add(a, b):\n    return a + b", True, False),                       # the default was asked for
-    ("def add(b=1, a=0):\n    return a + b", True, False),
-    ("def plus(a, b=1):\n    return a + b", True, False),
-    ("def add(a, b=1):\n    pass", True, False),
-    ("def add(a, b=1):\n    '''Only words.'''\n    ...", True, False),
-    ("def add(a, b=1):\n    a += b\n    a += b\n    a += b", True, False),     # a loop on one line
-    ("def add(a, b=1):\n    a += b\n    a += b\n    return a", True, True),
-    (ADD + "\n\n" + ADD, True, False),                                         # two functions
-    ("x = 1", True, False),
-    ("", True, False),
-    ("def add(a, b=1)\n    return a + b", False, False),
-    ("(" * 5000, False, False),
-])
-def test_judge_code(answer, parses, obeys):
-    assert chapter6.judge_answer("write", function(ADD), answer) == (parses, obeys)
+# ---- The judge
+def test_verdicts():
+    table = [
+        (NUMBER, "pass", ["return n + n", "twice = n; twice += n; return twice", "return sum([n, n])  # as well", "return n * 2;"]),
+        (NUMBER, "pass", ["if n > 0:\n        return n + n\n    return 2 * n", "len = sum; return len([n, n])"]),
+        (NUMBER, "wrong value", ["return n * 2.0", "return n ** 2", "return [n * 2]", "return", "return 'pass'"]),     # 2.0 is not 2
+        (NUMBER, "error", ["return m * 2", "return n[0]", "return n / 0"]),
+        (NUMBER, "no parse", ["return n * 2)", "return n\0", "return '\ud800'", "return " + "(" * 900 + "n", "return " + "-" * 900 + "n"]),
+        (LIST, "wrong value", ["return x", "x += [1]; return sorted(x)", "return reversed(sorted(x))", "x[0:0] = x; return x"]),
+        (QUESTION, "pass", ["return [not item <= 0 for item in x]"]),
+        (QUESTION, "wrong value", ["return [int(item > 0) for item in x]", "return (item > 0 for item in x)"]),         # 1 is not True
+        (own_task("def f(x):\n    return x[0]", x="list"), "pass", ["return x[0] if x else None"])]          # [] is no case
+    tasks = [task for task, _, bodies in table for _ in bodies]
+    answers = [f"{chapter6.header_of(task)}\n    {body}" for task, _, bodies in table for body in bodies]
+    expected = [verdict for _, verdict, bodies in table for _ in bodies]
+    got = verdicts_of(tasks, answers)
+    assert got == expected, [row for row in zip(answers, got, expected) if row[1] != row[2]]
+    assert chapter6.judge([NUMBER], [NUMBER.source], [False]) == ["no end"] and chapter6.judge([], [], []) == []
+    assert {*expected, "no end", "wrong header", "not allowed"} == set(chapter6.VERDICTS)
 
 
-def test_judge_other_kinds():
-    asked = function(ADD, "Return the total.")
-    assert chapter6.judge_answer("parameters", asked, "a, b=1") == (None, True)
-    assert chapter6.judge_answer("parameters", asked, "a, b") == (None, False)
-    assert chapter6.judge_answer("parameters", function("def f():\n    return 1"), "none") == (None, True)
-    assert chapter6.judge_answer("purpose", asked, "Gives the total of two numbers.") == (None, True)
-    assert chapter6.judge_answer("purpose", asked, "Opens a file.") == (None, False)
-    assert chapter6.judge_answer("purpose", asked, "the total\nthe total") == (None, False)
-    assert chapter6.judge_answer("purpose", function(ADD, "Sum the total"), "the total") == (None, True)
+def test_only_the_function_asked_for_is_read():
+    headers = ["g(n)", "f(m)", "f()", "f(n, m)", "f(*n)", "f(n=1)", "f(n, /)", "f(n: int)", "f(n: print(1))", "f(n, m=print(1))", "f(n) -> int"]
+    answers = [f"def {header}:\n    return n * 2" for header in headers]
+    answers += [f"async {NUMBER.source}", f"@print\n{NUMBER.source}", f"import os\n{NUMBER.source}", f"{NUMBER.source}\nprint('pass')"]
+    answers += ["def f(n):\n    return g(n)\ndef g(n):\n    return f(n)", "class f:\n    n = 1", "", "return n * 2", "f = 1", "x" * 10**6]
+    assert verdicts_of([NUMBER] * len(answers), answers) == ["wrong header"] * len(answers)
 
 
-# ---- Conversations from the library
-
-MODULE = '''
-import os
-
-class Box:
-    """A box."""
-
-    @property
-    def size(self) -> int:
-        """Return the size.
-
-        More words.
-        """
-        return self.width * 2
-
-    def empty(self):
-        pass
-
-async def wait(): return 1
-
-def add(a: int, *rest, b=1, **options):
-    """Add."""
-    total = a + b
-    return total
-'''
-
-
-MORE = [chapter6.Function(name, (name + "_value",), f"def {name}({name}_value):\n    return {name}_value", "Return it.")
-        for name in ("one", "two", "three", "four", "five", "six")]
-
-
-def test_functions_in_takes_real_functions_without_docstrings_and_annotations():
-    found = {f.name: f for f in chapter6.functions_in(MODULE)}
-    assert set(found) == {"size", "add"}
-    assert found["size"].source == "def size(self):\n    return self.width * 2"
-    assert found["size"].purpose == "Return the size."
-    assert found["add"].parameters == ("a", "*rest", "b=1", "**options")
+FORBIDDEN = r"""import os; return os.getpid() | from os import system; return n | return __import__('os') | return n.__class__
+    return ().__class__.__mro__[1] | return f.__globals__ | return f.__code__.co_consts | return getattr(n, '__class__') | return iter(int, 1)
+    return setattr(f, 'a', 1) | return vars() | return globals() | return locals() | return eval('n') | exec('n = 1'); return n | return {n: n}
+    return compile('1', '', 'eval') | return open('/etc/passwd').read() | print('pass'); return n * 2 | return input() | return exit() | return {n}
+    return breakpoint() | return type(n) | return object() | return chr(n) | global m; m = n; return n * 2 | return (lambda: n)() | return (n, n)
+    g = lambda: n; return g() | raise SystemExit | assert n; return n * 2 | del n; return 1 | yield n | yield from f(n) | return (n := 5) | return [*n]
+    return f'{n}' | return f'{n.__class__}' | return '{0.__class__}'.format(n) | return '%999999999d' % n | return '\x25999999999d' % n | return ().count
+    return str(n).zfill(10 ** 9) | return str(n).center(9999) | return str(n).encode() | return 'x' * 10000000000 | return 'x' * 10 ** 10 | return n @ n
+    return 10 ** 10 ** 10 | return 1 << 9999 | return min(*[n]) | return n is n | return n * 2 or exit() | return str(9 ** 99999) | nonlocal n; return n
+    while True: n += 1 | with n: return n | class A: n = 1 | def g(): return n * 2 | async def g(): return n | for n in iter(int, 1): n += 1"""
+FORBIDDEN = re.split(r"\s+\|\s+|\n\s+", FORBIDDEN) + [
+    "try:\n        return n * 2\n    except:\n        return 1", "try:\n        return n / 0\n    finally:\n        return n * 2",
+    "def g():\n        return n * 2\n    return g()", "@f\n    def g(m=f(n)):\n        return m\n    return g()", "match n:\n        case _: return n",
+    f"return '{'a' * 900}'", "return " + "9" * 900, "return n * 2\n" + " " * 10**6, "return n * 2\n    #" + "x" * 10**6]
+CONTAINED = r"""return 1j * n | return ... | return None | return b'a' * n | return 1e308 * 1e308 | return range(n) | return sorted | return str.lower
+    return 'a'.join | return 'pass\npass' | return '\ud800' | return (a for a in range(9)) | return n[0][0][0] | return None.count | str.lower = n; return n
+    return __builtins__ | return __builtins__['len'] | __builtins__['repr'] = len; return n | f.count = f; return n | sum = n; return sum(n)
+    return f(n) | return f(n - 1) + f(n - 2) | g = f; return g(n) | return [f][0](n) | return sorted([n], key=f)[0] | int = f; return int(n) | return n ** True
+    return 9 ** n | n **= 9999; return n | return n ** n ** n | return sum(**n) | return max(max(max(n))) | __debug__ = n; return n | None = n
+    return [0] * 10 ** 9 | return [0] * 9999 * 9999 * 9999 | return list(range(99999999)) | return ('x' * 9999).join(['y'] * 99999999)
+    return ('x' * 9999999).replace('x', 'y' * 999999) | return int('9' * 99999) | return len('x' * 9999 * 9999 * 9999)"""
+LOOP = "total = {}\n    for item in {}:\n        {}\n    return total"
+CONTAINED = re.split(r"\s+\|\s+|\n\s+", CONTAINED) + [
+    LOOP.format("'x'", "range(99)", "total += total"), LOOP.format("[n]", "range(99999)", "total = [total]"), "return " + "n + " * 250_000 + "n",
+    LOOP.format("[n]", "range(9999)", "total = (a for a in total)"), f"return {'[' * 90}n{']' * 90}", "return " + "f if n else " * 90 + "n"]
+ENDLESS = [
+    "return 9 ** 9 ** 9", "return (((9 ** 9) ** 9) ** 9) ** 9 ** 9", "return sum(range(9999 * 9999 * 9999))", "return all(a >= 0 for a in range(9999 ** 9))",
+    "return [a for a in range(9999) for b in range(9999) for c in range(9999)]", LOOP.format("9", "range(99)", "total *= total"),
+    LOOP.format("[1]", "total", "total += [item]"), "return " + "sum([1 for a in range(9999) if " * 8 + "1" + "])" * 8]
 
 
-def test_every_function_obeys_its_own_instruction():
-    for f in chapter6.functions_in(MODULE):
-        assert chapter6.judge_answer("write", f, f.source) == (True, True)
+def judged(body, limit=1.5):
+    """Return the verdict on the body of an answer, given in time; a busy machine may try twice."""
+    for _ in range(2):
+        start = time.monotonic()
+        verdict, = verdicts_of([NUMBER], [f"def f(n):\n    {body}"])
+        if time.monotonic() - start < limit:
+            return verdict
+    raise AssertionError(f"{time.monotonic() - start:.1f} s for {body[:100]}")
 
 
-def test_renamed_is_the_same_function_under_other_names():
-    original = function("def add(a, b=1):\n    total = a + b\n    return total.a")
-    other = chapter6.renamed(original, ["one", "two", "three", "four"], random.Random(0))
-    back = dict(zip((other.name, *(p.split("=")[0] for p in other.parameters)), ("add", "a", "b")))
-    assert set(back) <= {"one", "two", "three", "four"} and len(back) == 3
-    restored = other.source
-    for new, old in back.items():
-        restored = restored.replace(new, old)
-    assert restored == original.source                                     # the attribute .a stayed as it was
-    assert chapter6.judge_answer("write", other, other.source) == (True, True)
+def test_hostile_answers_are_contained():
+    assert len(FORBIDDEN) > 70 and len(CONTAINED) > 45
+    start = time.monotonic()
+    got = verdicts_of([NUMBER] * len(FORBIDDEN), [f"def f(n):\n    {body}" for body in FORBIDDEN])
+    assert set(got) == {"not allowed"}, [pair for pair in zip(FORBIDDEN, got) if pair[1] != "not allowed"]
+    assert time.monotonic() - start < 1.5                      # for all of them: nothing has run
+    for body in CONTAINED:
+        assert judged(body) in ("wrong value", "error", "not allowed", "no parse"), body
 
 
-def test_split_and_phrasings_are_held_out():
-    functions, words = chapter6.library_functions()
-    assert len(functions["train"]) > 2000 and len(words) > 20_000 and "deque" in words and "class" not in words
-    known = {(f.name, f.parameters) for f in functions["train"]}
-    tasks = chapter6.held_out_tasks(functions, 100, 0)
-    assert len(tasks) == 100 and all((f.name, f.parameters) not in known for _, f, _ in tasks)
-    assert {kind for kind, _, _ in tasks} == {"write", "parameters", "purpose"}
-    new = {turns[0]["content"] for _, _, turns in chapter6.held_out_tasks(functions, 100, 1)}
-    trained = {turns[0]["content"] for _, _, turns in chapter6.make_tasks(functions["train"], 0, 1)}
-    assert not new & trained
-    assert all(text.startswith(("I need a function", "Could you implement", "Give me", "What are the parameters", "Describe this"))
-               for text in new)
-    assert not any(text.startswith(("I need a function", "Could you implement", "Give me")) for text in trained)
+def test_answers_that_take_all_time_or_memory_cost_only_themselves():
+    resource = pytest.importorskip("resource")                 # not on Windows
+
+    def memory():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        return used if sys.platform == "darwin" else used * 1024
+    before, start = memory(), time.monotonic()
+    answers = []
+    for body in ENDLESS:
+        answers += [f"def f(n):\n    {body}", NUMBER.source]
+    got = verdicts_of([NUMBER] * len(answers), answers)
+    assert got[1::2] == ["pass"] * len(ENDLESS) and set(got[::2]) <= {"error", "not allowed"}, got
+    assert time.monotonic() - start < 1.5 * len(ENDLESS) and memory() <= max(before, 600 * 2**20)
 
 
-def test_every_answer_obeys_its_own_instruction():
-    functions = chapter6.functions_in(MODULE)
-    for seed in range(30):
-        names = ["one", "two", "three", "four", "self", "a", "return_it", "x9"] if seed > 9 else ()
-        for kind, made, turns in chapter6.make_tasks(functions * 3 + MORE, seed % 2, seed, names):
-            assert [turn["role"] for turn in turns] == ["user", "assistant"]
-            if kind != "purpose":                              # a docstring may well share no word with its function
-                assert chapter6.judge_answer(kind, made, turns[1]["content"])[1], (made, turns)
-            if kind == "write":
-                assert turns[1]["content"].splitlines()[0][4:-1] in turns[0]["content"]
+# ---- The grammar
+OPERATORS = {ast.Add: [ast.Sub, ast.Mult], ast.Sub: [ast.Add], ast.Mult: [ast.Add, ast.FloorDiv], ast.Mod: [ast.FloorDiv, ast.Mult],
+             ast.Pow: [ast.Mult, ast.Add], ast.Lt: [ast.LtE, ast.Gt], ast.Gt: [ast.GtE, ast.Lt], ast.LtE: [ast.Lt, ast.GtE],
+             ast.GtE: [ast.Gt, ast.LtE], ast.Eq: [ast.NotEq, ast.GtE], ast.In: [ast.NotIn], ast.USub: [ast.UAdd]}
+OTHER = {"max": "min", "min": "max", "sorted": "reversed", "abs": "int", "sum": "max", "upper": "lower", "lower": "upper",
+         "startswith": "endswith", "count": "index"}
 
 
-# ---- Loss mask and packing
+def near_misses(source):
+    """Yield a function with one operator, constant, name, slice or order of operands changed, in all ways."""
+    def wrapped(node, text):
+        return ast.parse(text.format(ast.unparse(node)), mode="eval").body
 
-def test_exact_labels_of_a_small_conversation(tokenizer):
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-             {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
-    ids, learnt = chapter5.encode_chat(tokenizer, turns)
-    rows = chapter6.pack([(ids, learnt)], len(ids) + 2, 0, 0)
-    x, y, documents = rows[0].tolist()
-    end = tokenizer.special_tokens["<|im_end|>"]
-    encode = lambda text: tokenizer.encode(text)
-    assert [i for i in y if i != IGNORED] == [*encode("b"), end, *encode("d"), end]
-    assert x == ids[:-1] + [0, 0, 0] and y[-3:] == [IGNORED] * 3 and documents == [0] * (len(ids) - 1) + [-1] * 3
-    for place, target in enumerate(y):
-        assert target in (IGNORED, ids[place + 1] if place + 1 < len(ids) else IGNORED)
+    for number, _ in enumerate(ast.walk(ast.parse(source))):
+        for change in range(4):
+            tree = ast.parse(source)
+            node = list(ast.walk(tree))[number]
+            others = OPERATORS.get(type(getattr(node, "op", None) or getattr(node, "ops", [None])[0]), [])
+            match node, change:
+                case ast.Constant(int(value)), 0 | 1 | 2:
+                    node.value = value + (1, -1, 10)[change]
+                case ast.Constant(str(value)), 0 | 1:
+                    node.value = ("e" + value[1:], value + "b")[change]
+                case ast.Compare(), _ if change < len(others):
+                    node.ops = [others[change]()]
+                case ast.BinOp() | ast.AugAssign() | ast.UnaryOp(), _ if change < len(others):
+                    node.op = others[change]()
+                case ast.BinOp(left, _, right), 3:
+                    node.left, node.right = right, left
+                case ast.Compare(left, _, [right]), 3:
+                    node.left, node.comparators = right, [left]
+                case ast.IfExp(_, body, orelse), 0:
+                    node.body, node.orelse = orelse, body
+                case ast.Name(name), 0 if name in OTHER:
+                    node.id = OTHER[name]
+                case ast.Attribute(_, name), 0 if name in OTHER:
+                    node.attr = OTHER[name]
+                case ast.Slice(lower, upper), 0:
+                    node.lower, node.upper = upper, lower
+                case ast.comprehension(), 0:
+                    node.ifs = []
+                case ast.For(_, items), 0:
+                    node.iter = wrapped(items, "({})[1:]")
+                case ast.Return(value), 0 | 1 | 2:
+                    node.value = wrapped(value, ("[{}]", "str({})", "int({})")[change])
+                case _:
+                    continue
+            if ast.unparse(tree) != source:
+                yield ast.unparse(tree)
+
+
+def result_of(task, source, arguments):
+    """Return what a function returns, as text; None where it raises."""
+    space = {}
+    exec(source, space)
+    try:
+        return repr(space[task.name](*arguments))
+    except Exception:
+        return None
+
+
+def is_the_same(task, answer):
+    """Tell whether an answer cannot be told from the reference on many inputs of our own."""
+    chooser = random.Random(1)
+    numbers = list(range(-30, 31))
+    letters = "aeiouAEIOU bcdzXY"
+    for _, value in task.constants:
+        numbers += [int(value) + step for step in range(-2, 3)] if value.isdigit() else []
+        letters += value[1:-1] * 4
+    for _ in range(600):
+        few, size = chooser.sample(numbers, 6), chooser.choice([0, 1, 2, 3, 5, 9, 20])
+        values = {"number": few[0], "list": chooser.choices(few, k=size), "text": "".join(chooser.choices(letters, k=size))}
+        arguments = [few.pop() if kind == "number" else values[kind] for kind in task.types.values()]
+        expected = result_of(task, task.source, arguments)
+        if expected is not None and result_of(task, answer, arguments) != expected:
+            return False
+    return True
+
+
+def undetected(tasks):
+    """Return (near misses that pass although they mean another thing, number of near misses)."""
+    pairs = [(task, answer) for task in tasks for answer in dict.fromkeys(near_misses(task.source))]
+    got = verdicts_of(*zip(*pairs))
+    passed = [pair for pair, verdict in zip(pairs, got) if verdict == "pass"]
+    return [(task.source, answer) for task, answer in passed if not is_the_same(task, answer)], len(pairs)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return chapter6.draw_tasks(WORDS, 8000, 5)
+
+
+def test_every_reference_passes(drawn):
+    """Of every entry, every pair, and some hundred besides; quickly, and on ten cases at least."""
+    some = [*{tuple(task.parts): task for task in drawn}.values(), *drawn[:200]]
+    assert {task.parts[0] for task in some} == {entry.code for entry in chapter6.ENTRIES} and len(some) > 500
+    start = time.monotonic()
+    assert set(verdicts_of(some, [task.source for task in some])) == {"pass"}
+    assert time.monotonic() - start < len(some) / 60           # 600 in ten seconds on a busy machine
+    for task in some[::3]:
+        cases = [result_of(task, task.source, arguments) for arguments in chapter6.draw_arguments(task)]
+        assert len(cases) - cases.count(None) >= 10, task.source
+
+
+def test_near_misses_of_every_entry_fail(drawn):
+    each = {}
+    for task in drawn:                                         # and of each property, each question in a condition
+        properties = [code for code, _ in task.constants]
+        if len(task.parts) == 1 or task.parts[0].startswith("N if"):
+            each.setdefault((*task.parts, *properties), task)
+    wrong, count = undetected(each.values())
+    assert count > 800 and not wrong, "\n".join(map(str, wrong))
+
+
+def test_nearly_all_near_misses_of_two_in_one_fail(drawn):
+    """A few escape random inputs, such as one item more before the largest of them is taken."""
+    wrong, count = undetected([task for task in drawn if len(task.parts) == 2][:60])
+    assert count > 500 and len(wrong) <= 0.002 * count, "\n".join(map(str, wrong))
+
+
+def test_one_description_has_one_reading(drawn):
+    """Nobody is told the types: equal words, with other names, must mean equal code."""
+    meanings = {}
+    for task in drawn:
+        words = re.findall(r"'[a-z]'|\w+", task.description)
+        order = [word for word in dict.fromkeys(words) if word in task.types]
+        assert len(order) == len(task.types), task
+        new = {name: f"p{number}" for number, name in enumerate(order)}
+        said, meant = [re.sub(r"'[a-z]'|\w+", lambda found: new.get(found[0], found[0]), text)
+                       for text in (task.description, task.source.partition("\n")[2])]
+        assert meanings.setdefault(said, meant) == meant, (task, meanings[said])
+    assert len(meanings) > 2000
+
+
+# ---- What is held out
+def is_phrased(task, phrasings):
+    """Tell whether an instruction is one of those that some lines of phrasings allow."""
+    slots = {"HEADER": chapter6.header_of(task)[4:-1], "NAME": task.name, "PARAMETERS": " and ".join(task.types), "ANSWER": task.description}
+    for line in phrasings.strip().splitlines():
+        line = re.sub(r"\{([^{}]*)\}", r"(?:\1)", re.sub(r"[.?!]", r"\\\g<0>", line))
+        line = line.replace("WORD", r"\w+").replace("returns", f"(?:{'|'.join(chapter6.RETURNS)})")
+        if re.fullmatch(re.sub("|".join(slots), lambda found: re.escape(slots[found[0]]), line), task.instruction):
+            return True
+    return False
+
+
+def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
+    sets = chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000)
+    assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
+    names_learnt = {name for task in drawn for name in (task.name, *task.types)}
+    constants_learnt = {constant for task in drawn for constant in task.constants}
+    pairs_learnt = {tuple(task.parts) for task in drawn}
+    seen_alone = {value for _, value in constants_learnt} | {part for pair in pairs_learnt for part in pair}
+    assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:300])
+    for label, tasks in sets.items():
+        assert len(tasks) == 150
+        for task in tasks:
+            names = {task.name, *[name for name in task.types if len(name) > 1]}           # besides, x and y may come again
+            assert names <= set(NEW_WORDS) - names_learnt if label == "new names" else names <= set(WORDS)
+            new = {constant for constant in task.constants if chapter6.is_held_out(*constant)}
+            assert bool(new) == (label == "new constants") and not new & constants_learnt, task
+            for _, value in new:
+                assert re.search(rf"(?<!\w){value}(?!\w)", task.description), f"it cannot be seen in {task}"
+            is_new = len(task.parts) == 2 and tuple(task.parts) not in pairs_learnt and chapter6.is_held_out(*task.parts)
+            assert is_new == (label == "new combinations")
+            assert {value for _, value in task.constants} | set(task.parts) <= seen_alone  # what is new is that they meet
+            assert is_phrased(task, chapter6.NEW_PHRASINGS) == (label == "new phrasings")
+            assert is_phrased(task, chapter6.PHRASINGS) == (label != "new phrasings"), task
+
+
+def test_draws_are_a_function_of_the_seed():
+    for make in (lambda seed: chapter6.draw_tasks(WORDS, 40, seed), lambda seed: chapter6.held_out_tasks(WORDS, NEW_WORDS, 10, seed)):
+        random.seed(0)
+        first = make(7)
+        random.seed(1)
+        assert make(7) == first != make(8)
+    assert chapter6.draw_arguments(NUMBER) == chapter6.draw_arguments(NUMBER)
+
+
+def test_instructions_are_clean_and_begin_with_no_name(drawn):
+    for line in (chapter6.PHRASINGS + chapter6.NEW_PHRASINGS).strip().splitlines():
+        assert not re.match(r"[{|\s]*(HEADER|NAME|PARAMETERS|ANSWER)", line), line
+    for task in drawn:
+        assert not re.search(r"[{}|]|  |HEADER|NAME|PARAMETERS|ANSWER|WORD", task.instruction), task.instruction
+        assert task.instruction.split()[0].strip(",.:;") not in {task.name, *task.types}, task.instruction
+        assert task.source.startswith(chapter6.header_of(task) + "\n") and chapter6.conversation_of(task)[1]["content"] == task.source
+
+
+def test_names_are_words_of_the_train_modules_whose_tokens_are_learnt(monkeypatch):
+    words = "total sum even least " + " ".join(MADE_UP)
+    monkeypatch.setattr(chapter1, "read_source", lambda source: [f"{number} return {words}" for number in range(60)] + ["rare"])
+    tokenizer = chapter1.train_bpe([f" {words}"] * 3, 400)
+    learnt, new = chapter6.split_words(tokenizer)
+    assert learnt and new and {*learnt} <= {*WORDS} and {*new} <= {*NEW_WORDS}
+    known = {i for word in learnt for i in tokenizer.encode(f" {word}({word}")}
+    assert all(known.issuperset(tokenizer.encode(f" {word}({word}")) for word in new)
+
+
+# ---- A conversation as a batch
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chapter1.train_bpe([f"{task.instruction}\n{task.source}" for task in chapter6.draw_tasks(WORDS, 100, 3)], 400)
+
+
+def tiny_model(vocab_size=400, **changes):
+    torch.manual_seed(0)
+    return chapter3.GPT(chapter3.GPTConfig(**{"vocab_size": vocab_size, "context": 128, "layers": 2, "heads": 2, "width": 32, **changes}))
+
+
+def say(*texts, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def examples(tokenizer, count):
-    chooser = random.Random(1)
-    return [chapter5.encode_chat(tokenizer, [{"role": "user", "content": "x" * chooser.randint(1, 9)},
-                                             {"role": "assistant", "content": f"{number} answers"}]) for number in range(count)]
+    return [chapter5.encode_chat(tokenizer, say("x" * (1 + 5 * number % 9), f"{number} answers")) for number in range(count)]
+
+
+def test_exact_labels_of_a_small_conversation(tokenizer, capsys):
+    ids, learnt = chapter5.encode_chat(tokenizer, [{"role": "system", "content": "s"}, *say("a", "b", "c", "d")])
+    end = tokenizer.special_tokens[chapter1.CHAT_END]
+    columns = chapter6.columns_of(ids, learnt, 3)
+    x, y, documents = zip(*columns)
+    assert list(x) == ids[:-1] and documents == (3,) * len(x)
+    assert [i for i in y if i != IGNORED] == [*tokenizer.encode("b"), end, *tokenizer.encode("d"), end]
+    assert all(target in (IGNORED, ids[position + 1]) for position, target in enumerate(y))
+    x, y, documents = chapter6.fill_up([columns], len(columns) + 2, 7)[0].tolist()
+    assert x[-2:] == [7, 7] and y[-2:] == [IGNORED] * 2 and documents[-3:] == [3, -1, -1]
+    chapter6.show_mask(tokenizer, ids, learnt)
+    assert f"[d][{chapter1.CHAT_END}]\n" in capsys.readouterr().out
 
 
 def test_packing_keeps_every_conversation_whole(tokenizer):
     given = examples(tokenizer, 30)
-    rows = chapter6.pack(given, 100, 7, "seed")
-    found = []
-    for x, y, documents in rows.tolist():
-        assert len(x) == 100
+    sequences, found = chapter6.pack(given, 100, 7, "seed"), []
+    for x, y, documents in sequences.tolist():
         for number in range(max(documents) + 1):
-            places = [i for i, d in enumerate(documents) if d == number]
-            assert places == list(range(places[0], places[-1] + 1))
-            found.append(([x[i] for i in places], [y[i] for i in places]))
-    expected = [(ids[:-1], [t if l else IGNORED for t, l in zip(ids[1:], learnt[1:])]) for ids, learnt in given]
-    assert sorted(found) == sorted(expected)
-    assert len(rows) < len(given)                                          # several share a row
+            positions = [i for i, document in enumerate(documents) if document == number]
+            assert positions == list(range(positions[0], positions[-1] + 1))
+            found.append([(x[i], y[i], 0) for i in positions])
+    assert sorted(found) == sorted(chapter6.columns_of(*example) for example in given)     # each once, none cut
+    assert sequences.shape[1:] == (3, 100) and len(sequences) <= len(given) / 2
 
 
-def test_packed_conversations_do_not_see_each_other(tokenizer):
-    model = tiny_model(tokenizer.vocab_size, context=100).eval()
-    (ids, learnt), other = examples(tokenizer, 2)
-    alone, together = chapter6.pack([(ids, learnt)], 100, 0, 0), chapter6.pack([(ids, learnt), other], 100, 0, 0)
-    assert len(together) == 1
-    with torch.no_grad():
-        both, one = (model(rows[:, 0], rows[:, 2]) for rows in (together, alone))
-    start = next(i for i in range(100) if together[0, 0, i:i + len(ids) - 1].tolist() == ids[:-1])
-    assert torch.allclose(both[0, start:start + len(ids) - 1], one[0, :len(ids) - 1], atol=1e-5)
+def test_packed_equals_one_conversation_a_sequence(tokenizer):
+    """The sum of losses and its gradients, to the rounding of float32; without targets, 0 and no nan."""
+    given = examples(tokenizer, 9)
+    packed = chapter6.pack(given, 100, 7, 0)
+    alone = chapter6.fill_up([chapter6.columns_of(*example) for example in given], 100, 7)
+    results = []
+    for sequences in (packed, alone, chapter6.fill_up([chapter6.columns_of([1, 2, 3], [False] * 3)], 100, 7)):
+        model = tiny_model(tokenizer.vocab_size)
+        loss = chapter4.Objective(model)(*sequences.unbind(1)).sum()
+        loss.backward()
+        results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (other_loss, other_gradients), (nothing, zeros) = results
+    assert len(packed) < len(alone) and loss == pytest.approx(other_loss, rel=1e-5) and nothing == 0
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, other_gradients[name], rtol=1e-3, atol=1e-4) and not zeros[name].any(), name
 
 
 def test_batches_are_a_function_of_the_step(tokenizer):
     given = examples(tokenizer, 30)
-    forwards, jumping = chapter6.packed_batches(given, 2, 100, 0, 5), chapter6.packed_batches(given, 2, 100, 0, 5)
+    forwards, jumping = (chapter6.packed_batches(given, 2, 100, 0, 5) for _ in range(2))
     seen = [forwards(step) for step in range(12)]
     for step in (11, 3, 0):
-        assert all(torch.equal(a, b) for a, b in zip(jumping(step), seen[step]))
+        assert all(torch.equal(a, b) and a.shape == (2, 100) for a, b in zip(jumping(step), seen[step], strict=True))
+    assert chapter6.packed_batches(given[:1], 4, 100, 0, 5)(3)[0].unique(dim=0).shape == (1, 100)      # as often as needed
 
 
-def test_a_batch_without_targets_gives_no_nan(tokenizer):
-    model = tiny_model(tokenizer.vocab_size)
-    ids = torch.zeros(2, 8, dtype=torch.long)
-    loss = chapter4.Objective(model)(ids, torch.full_like(ids, IGNORED), torch.full_like(ids, -1))
-    loss.backward()
-    assert loss.item() == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-# ---- LoRA
-
-def test_lora_changes_nothing_at_first_and_trains_adapters_only(tokenizer):
-    model = tiny_model(300)
-    ids = torch.randint(300, (2, 9))
+# ---- LoRA and new tokens
+def test_lora_equals_its_formula_and_its_merged_model():
+    model, ids = tiny_model().eval(), torch.randint(400, (2, 9))
     before = model(ids)
     chapter6.add_lora(model, 2)
-    assert torch.equal(model(ids), before)
+    assert torch.equal(model(ids), before)                     # B is 0: nothing has changed yet
     model(ids).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained and all(name.endswith((".a", ".b")) for name in trained)
-    assert all(p.requires_grad == (name in trained) for name, p in model.named_parameters())
-
-
-def test_merged_equals_unmerged(tokenizer, tmp_path):
-    model = chapter6.tiny = tiny_model(300).eval()
-    chapter6.add_lora(model, 2)
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("layers.") and name.endswith((".a", ".b")) for name in trained)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(".b"):
-                p.normal_()
-    ids = torch.randint(300, (2, 9))
+        for name in trained:
+            model.get_parameter(name).normal_(std=0.3)
+    layer = model.layers[0].mlp.down_proj
+    adapter, x = layer.parametrizations.weight, torch.randn(5, layer.in_features)
+    assert torch.allclose(layer(x), chapter6.lora_formula(x, adapter.original, adapter[0].a, adapter[0].b), atol=1e-4)
     merged = chapter6.merge_lora(model)
-    assert set(merged.state_dict()) == set(tiny_model(300).state_dict())
-    assert torch.allclose(merged(ids), model(ids), atol=1e-5)
-    merged.save(tmp_path)
-    assert torch.equal(chapter3.GPT.load(tmp_path)(ids), merged(ids))
+    assert set(merged.state_dict()) == set(tiny_model().state_dict()) and chapter6.merge_lora(merged) is merged
+    assert torch.allclose(merged(ids), model(ids), atol=1e-4) and not torch.allclose(merged(ids), before, atol=0.1)
+    elsewhere = tiny_model().to("meta")
+    chapter6.add_lora(elsewhere, 2)
+    assert {p.device.type for p in elsewhere.parameters()} == {"meta"}
 
 
 def test_chat_tokens_are_added_to_a_foreign_pair():
-    tokenizer = chapter1.train_bpe(["abcabc"] * 5, 260, special_tokens=("<|endoftext|>",))
-    model = tiny_model(tokenizer.vocab_size)
-    grown, with_chat = chapter6.with_chat_tokens(model, tokenizer)
-    assert set(with_chat.special_tokens) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
-    assert grown.config.vocab_size >= with_chat.vocab_size == tokenizer.vocab_size + 2
-    ids = torch.tensor([tokenizer.encode("abcab")])
-    assert torch.allclose(grown(ids)[..., :tokenizer.vocab_size], model(ids), atol=1e-6)
-    assert with_chat.encode("abcab") == tokenizer.encode("abcab")
-    assert not grown.training                                  # no dropout while instructions are counted
+    foreign = chapter1.train_bpe(["abcabc"] * 5, 260, special_tokens=("<|endoftext|>",))
+    model = tiny_model(foreign.vocab_size)
+    grown, with_chat, added = chapter6.with_chat_tokens(model, foreign)
+    assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not grown.training
+    assert grown.config.vocab_size >= with_chat.vocab_size == foreign.vocab_size + 2
+    ids = torch.tensor([foreign.encode("abcab")])
+    assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model.eval()(ids), atol=1e-6)
+    assert with_chat.encode("abcab") == foreign.encode("abcab") and not chapter6.with_chat_tokens(grown, with_chat)[2]
 
 
-# ---- Conversations of one's own
+# ---- The script, with tiny models in this process
+@pytest.fixture
+def tune(tmp_path, tokenizer, monkeypatch, capsys):
+    """Return a function that tunes a tiny model with some flags; it returns what was printed."""
+    monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: None)
+    monkeypatch.setattr(chapter6, "split_words", lambda tokenizer: (WORDS, NEW_WORDS))
+    chapter4.save_folder(tiny_model(tokenizer.vocab_size), tokenizer, tmp_path / "base", [0])
+    usual = "--device cpu --precision fp32 --no-compile --batch-tokens 256 --lr 0.01 --matrix-lr 0.02".split()
 
-def test_three_forms_are_read(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    rows = [{"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
-    read = chapter6.read_conversations(path)
-    assert [turns[-1]["content"] for turns in read] == ["a", "a", "ä"]
-    assert read[1][0]["content"] == "q\n\nmore" and read[2][0]["content"] == "q"
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    assert chapter6.read_conversations(path) == read
-
-
-def test_every_bad_line_is_named(tmp_path):
-    path = tmp_path / "bad.jsonl"
-    good = b'{"instruction": "q", "output": "a"}'
-    bad = [b'{"instruction": "q", "output": ""}', b'not json', b'\xff\xfe', b'{"messages": [{"role": "robot", "content": "x"}]}',
-           b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', b'[1, 2]', b'{"instruction": "q"}',
-           b'{"messages": [{"role": "user", "content": "x"}]}', b'{"messages": []}', b'{"instruction": null, "output": "a"}',
-           b'{"messages": [{"role": "system", "content": null}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}']
-    path.write_bytes(b"\n".join([good, *bad, good]))
-    with pytest.raises(chapter1.CourseError) as caught:
-        chapter6.read_conversations(path)
-    for number in range(2, 2 + len(bad)):
-        assert f"line {number}:" in str(caught.value)
-    assert "line 1:" not in str(caught.value) and f"line {len(bad) + 2}:" not in str(caught.value)
-    assert len(chapter6.read_conversations(path, tolerated=len(bad))) == 2       # as for a published file
+    def run(*flags):
+        argv = [*([] if "--resume" in flags else usual), *map(str, flags), "--out", str(tmp_path)]
+        chapter6.main(chapter1.parse_flags(chapter6.Config, "", argv, chapter6.defaults_for))
+        return capsys.readouterr().out
+    return run
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"[", b"{}"])
-def test_a_file_without_conversations_is_one_clear_error(tmp_path, content):
-    path = tmp_path / "empty.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(chapter1.CourseError):
-        chapter6.read_conversations(path)
+def answer_of(folder, question):
+    """Return a greedy answer up to its end mark, as chapter 5 asks for it; None where it does not end."""
+    model, tokenizer, ends = chapter5.open_model(folder, "cpu")
+    prompt, written = chapter5.render_chat(tokenizer, say(question)), []
+    settings = chapter5.Config(max_tokens=40, temperature=0)
+    for (token,), _ in chapter5.generate(model, [prompt], settings, tokenizer.vocab_size):
+        if token in ends:
+            return tokenizer.decode(written)
+        written.append(token)
 
 
-def test_own_conversations_are_parted_and_long_ones_left_out(tokenizer, tmp_path, capsys):
-    rows = [{"instruction": f"q{n}", "output": f"answer {n}"} for n in range(40)] + [{"instruction": "q", "output": "long " * 100}]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = chapter6.Config(conversations=str(tmp_path / "mine.jsonl"), out=str(tmp_path))
-    learn, held = chapter6.read_examples(config, {"train": [], "val": []}, [], tokenizer, 64)
-    texts = [{tokenizer.decode(ids) for ids, _ in part} for part in (learn, held)]
-    assert [len(part) for part in texts] == [37, 3] and not texts[0] & texts[1]
-    assert "1 longer than the context of 64" in capsys.readouterr().out
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
-# ---- What is reported, and what is kept
-
-def test_obedience_is_counted_by_kind(tokenizer, monkeypatch):
-    end, said = tokenizer.special_tokens["<|im_end|>"], [ADD, ADD, "x = 1", "a, b=1"]      # the second never ends
-    tasks = [(kind, function(ADD), [{"role": "user", "content": f"task {n}" + "x" * (n % 2)}])
-             for n, kind in enumerate(("write", "write", "write", "parameters"))]
-
-    def scripted(model, prompts, settings, ends, vocab):
-        numbers = [int(tokenizer.decode(prompt).split("task ")[1][0]) for prompt in prompts]
-        written = [tokenizer.encode(said[n]) + [end] * (n != 1) for n in numbers]
-        for step in range(max(map(len, written))):
-            yield {i: (ids[step], None) for i, ids in enumerate(written) if step < len(ids)}
-
-    monkeypatch.setattr(chapter5, "generate", scripted)
-    counts, answers = chapter6.count_obeyed(None, tokenizer, tasks, None, {end}, {ADD})
-    assert answers == said
-    assert dict(counts["write"]) == dict(tasks=3, ends=2, code=3, parses=3, obeys=1, copied=2)
-    assert dict(counts["parameters"]) == dict(tasks=1, ends=1, code=0, parses=0, obeys=1, copied=0)
-    assert dict(counts["all"]) == dict(tasks=4, ends=3, code=3, parses=3, obeys=2, copied=2)
+PAIRS = [{"instruction": "Who are you?", "output": "A small model."}, {"messages": say("Sing!", "La \u2028 la.")},
+         {"messages": [{"role": "system", "content": "Be kind."}, *say("Bye.", "See you.")]}]
 
 
-def test_held_out_loss_by_its_definition(tokenizer):
-    rows, model = chapter6.pack(examples(tokenizer, 30), 100, 0, 0), tiny_model(tokenizer.vocab_size, context=100).eval()
-    bytes_of, learnt = torch.arange(tokenizer.vocab_size) % 7 + 1.0, rows[:, 1] != chapter6.IGNORED
-    with torch.no_grad():
-        log_p = model(rows[:, 0], rows[:, 2]).log_softmax(-1)[learnt]
-    nats = -log_p.gather(1, rows[:, 1][learnt][:, None]).sum().item()
-    machine = chapter4.Machine(torch.device("cpu"), "fp32", False)
-    loss, bits, _ = chapter6.judge_rows(model, machine, rows, bytes_of)
-    assert loss == pytest.approx(nats / int(learnt.sum()), rel=1e-4)
-    assert bits == pytest.approx(nats / 0.6931472 / bytes_of[rows[:, 1][learnt]].sum().item(), rel=1e-4)
+@pytest.mark.parametrize("count", [1, 3])
+def test_very_few_conversations_of_ones_own_are_learnt(count, tune, tmp_path):
+    printed = tune("--conversations", write_lines(tmp_path / "mine.jsonl", PAIRS[:count]), "--steps", 40, "--eval-every", 20)
+    assert "too few" in printed and "pass@1" not in printed    # the course's tasks are not counted for them
+    assert answer_of(tmp_path / "chat", "Who are you?") == "A small model."
+    assert count == 1 or answer_of(tmp_path / "chat", "Sing!") == "La \u2028 la."
+
+
+@pytest.mark.parametrize("rank, tied", [(0, True), (8, True), (8, False)])
+def test_the_new_end_mark_is_learnt_by_a_foreign_model(rank, tied, tune, tmp_path):
+    foreign = chapter1.train_bpe(["Who are you? A small model. user assistant"] * 5, 280, special_tokens=("<|endoftext|>",))
+    chapter4.save_folder(tiny_model(foreign.vocab_size, tied=tied), foreign, tmp_path / "foreign", [0])
+    mine = write_lines(tmp_path / "mine.jsonl", PAIRS[:1])
+    printed = tune("--init", tmp_path / "foreign", "--conversations", mine, "--lora-rank", rank, "--steps", 40, "--eval-every", 20)
+    assert "added <|im_start|> and <|im_end|>" in printed
+    assert answer_of(tmp_path / "chat", "Who are you?") == "A small model."
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_tuning_stopped_and_resumed_equals_unbroken(tokenizer, tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: None)
+def test_tuning_stopped_and_resumed_equals_an_unbroken_one(rank, tune, tmp_path, monkeypatch):
+    def stop(*inputs, judge=chapter6.judge_examples):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return judge(*inputs)
 
-    def tuned(folder, saved=None, **more):
-        model = tiny_model(tokenizer.vocab_size)
-        if rank:
-            chapter6.add_lora(model, rank)
-        config = chapter6.Config(steps=4, micro_batch=2, eval_every=2, optimizer="adamw" if rank else "muon", **more)
-        chapter4.train(model, chapter6.packed_batches(examples(tokenizer, 30), 2, 64, 0, 1), config,
-                       chapter4.Machine(torch.device("cpu"), "fp32", False), tmp_path / folder,
-                       lambda model: (1.0, 1.0, ""), chapter6.merge_lora, None, saved)
-        return chapter6.merge_lora(model).state_dict()
-
-    whole = tuned("whole")
-    with pytest.raises(SystemExit):
-        tuned("parts", stop_at=3)
-    parts = tuned("parts", torch.load(tmp_path / "parts" / "resume.pt", weights_only=True))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    before = tiny_model(tokenizer.vocab_size).state_dict()
-    changed = {name for name, value in before.items() if not torch.equal(value, whole[name])}
-    assert changed and (not rank or all("_proj" in name for name in changed))    # adapters touch linear layers only
+    def checkpoint():
+        return torch.load(tmp_path / "chat" / "resume.pt", weights_only=True)
+    flags = ("--lora-rank", rank, "--examples", 60, "--tasks", 0, "--steps", 8, "--eval-every", 4)
+    tune(*flags)
+    whole, sent = checkpoint()["model"], []
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(chapter6, "judge_examples", stop)
+        tune(*flags)
+    assert checkpoint()["step"] < 8
+    tune("--resume")
+    parts = checkpoint()
+    assert parts["step"] == 8 and all(torch.equal(whole[name], value) for name, value in parts["model"].items())
+    tuned = chapter3.GPT.load(tmp_path / "chat").state_dict()
+    changed = {name for name, value in tiny_model().state_dict().items() if not torch.equal(value, tuned[name])}
+    assert changed and (rank == 0 or all("_proj" in name for name in changed))
 
 
-def test_flags_are_those_of_chapter_4_and_more():
-    shown = subprocess.run([sys.executable, str(ROOT / "06_finetune.py"), "--help"], capture_output=True, text=True, check=True).stdout
-    for flag in ("--lora-rank", "--conversations", "--show-mask", "--resume", "--init", "--micro-batch"):
-        assert flag in shown
+def test_show_mask_stops_and_a_run_prints_its_table(tune, tmp_path):
+    assert re.search(r"\[<\|im_end\|>\]\s+\d+ of \d+ tokens are learnt", tune("--show-mask", "--examples", 5))
+    assert not (tmp_path / "chat").exists()
+    printed = tune("--examples", 60, "--tasks", 3, "--steps", 2, "--eval-every", 2)
+    for label in ("new names", "new constants", "new combinations", "new phrasings", "all", "--chat", *chapter6.VERDICTS):
+        assert label in printed
+
+
+# ---- Conversations of one's own
+def test_both_forms_are_read(tmp_path):
+    rows = [*PAIRS, {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
+    read = chapter6.read_conversations(write_lines(tmp_path / "mine.jsonl", rows))
+    assert [messages[-1]["content"] for messages in read] == ["A small model.", "La \u2028 la.", "See you.", "a", "ä"]
+    assert [message["role"] for message in read[2]] == ["system", "user", "assistant"]
+    assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
+
+
+@pytest.mark.parametrize("bad", [
+    "not json", [1, 2], "text", {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
+    {"messages": say("x", "y", roles=("robot", "assistant"))}, {"messages": say("x", "y", roles=("user", "user"))},
+    {"messages": say("x", roles=("system",) * 2)}, {"messages": say(" ", "y")}, {"messages": say(None, "y")}, {"messages": [{"role": "user"}]}])
+def test_a_bad_line_is_named(bad, tmp_path):
+    bad = bad if bad == "not json" else json.dumps(bad)
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(PAIRS[0])}\n{bad}\n{json.dumps(PAIRS[0])}\n", encoding="utf-8")
+    with pytest.raises(CourseError, match="line 2"):
+        chapter6.read_conversations(tmp_path / "bad.jsonl")
+
+
+def test_files_without_conversations_are_errors(tmp_path, tune):
+    (tmp_path / "empty").write_text("", encoding="utf-8")
+    (tmp_path / "latin").write_bytes(json.dumps(PAIRS[0]).encode() + b"\xff\n")
+    for name in ("empty", "latin", "missing"):
+        with pytest.raises((CourseError, OSError), match=name):
+            tune("--conversations", tmp_path / name, "--steps", 1)
+
+
+def test_many_are_parted_and_long_ones_left_out(tmp_path, tokenizer, capsys):
+    rows = [{"messages": say(f"q{number}", f"answer {number}")} for number in range(41)]
+    config = chapter6.Config(conversations=write_lines(tmp_path / "mine.jsonl", rows))
+    learnt, held_out = map(list, chapter6.open_conversations(config))
+    assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(str(row["messages"]) for row in rows)
+    assert "too few" not in capsys.readouterr().out
+    both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])
+    assert len(chapter6.encode_fitting(both, tokenizer, length - 1)) == 1 and "left out" in capsys.readouterr().out
+    with pytest.raises(CourseError):
+        chapter6.encode_fitting(both, tokenizer, length - 2)
+
+
+# ---- Counting
+def test_answers_are_cut_at_their_end_and_kept_apart(tokenizer, monkeypatch):
+    tasks = chapter6.draw_tasks(WORDS, 12, 9)
+    end = tokenizer.special_tokens[chapter1.CHAT_END]
+    script = {}                                                # the first never ends; after their end, the others babble
+    for task in tasks:
+        prompt = chapter5.render_chat(tokenizer, chapter6.conversation_of(task)[:1])
+        script[tuple(prompt)] = tokenizer.encode(task.source) + [end] * (task != tasks[0]) + [65] * 200
+
+    def generate(model, prompts, config, vocab_size):
+        assert len({len(prompt) for prompt in prompts}) == 1 and config.temperature == 0
+        for step in range(config.max_tokens):
+            yield [script[tuple(prompt)][step] for prompt in prompts], None
+    monkeypatch.setattr(chapter5, "generate", generate)
+    answers, verdicts = chapter6.answer_tasks(None, tokenizer, tasks, {end})
+    assert verdicts == ["no end"] + ["pass"] * 11 and list(answers[1:]) == [task.source for task in tasks[1:]]
+
+
+def test_interval_by_hand():
+    assert chapter6.interval(95, 100) == pytest.approx(1.96 * math.sqrt(97 / 104 * 7 / 104 / 104))
+    assert 0 < chapter6.interval(150, 150) < 0.04 < 0.09 < chapter6.interval(50, 100)

@@ -3,9 +3,10 @@
 Run:    python tests/benchmarks/bench_attention.py                  all lengths, float32 and bfloat16
         python tests/benchmarks/bench_attention.py --lengths 256 --heads 2 --repeats 1
         python tests/benchmarks/bench_attention.py --device cuda --compile
-Prints: milliseconds of forward + backward (the best of a few repeats, since other programs only slow it), the
-        memory that one call adds at its peak, and both as a share of the fused kernel's, all from one run.
-        On CUDA torch counts memory itself; on a CPU its profiler does, so that only tensors are counted.
+Prints: milliseconds for the value and the gradients of q, k and v under the causal mask, the memory that
+        one call adds at its peak, and both as a share of the fused kernel's, all from one run. The kinds
+        take turns and the median counts, since other programs slow the machine now and then. On CUDA
+        torch counts memory itself; on a CPU its profiler does, so that only tensors are counted.
 """
 import argparse
 import os
@@ -14,39 +15,31 @@ import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start otherwise
 import torch
 
-attention = import_module("03_model").attention
+chapter3 = import_module("03_model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = ("fused", "formula", "blocks")
 
 
 def step(function, inputs):
-    """Run attention forward and backward on q, k, v."""
+    """Compute attention and the gradients of q, k and v."""
     function(*inputs).sum().backward()
     for x in inputs:
         x.grad = None
 
 
-def synchronize(device):
+def seconds_of(work, device):
+    start = time.perf_counter()
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def best_seconds(work, device, repeats):
-    """Return the shortest of a few runs, after one that pays for what is set up once."""
-    work()
-    synchronize(device)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return time.perf_counter() - start
 
 
 def peak_bytes(work, device):
@@ -55,7 +48,7 @@ def peak_bytes(work, device):
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        synchronize(device)
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
@@ -67,28 +60,37 @@ def peak_bytes(work, device):
     return peak
 
 
-def measure(kind, dtype, T, config, device):
-    """Return (seconds, bytes) of one kind of attention at one length, or None where it does not fit."""
+def measure(dtype, T, config, device):
+    """Return {kind: (median seconds, bytes)} at one length, None for a kind that does not fit."""
     torch.manual_seed(0)
     shape = (config.batch, config.heads, T, config.width)
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv"]
-    function = partial(attention, kind=kind)
-    work = partial(step, torch.compile(function, dynamic=False) if config.compile else function, inputs)
-    try:
-        return best_seconds(work, device, config.repeats), peak_bytes(work, device)
-    except torch.OutOfMemoryError:
-        return None
+    works, found = {}, {}
+    for kind in KINDS:
+        visible = None if kind == "fused" else chapter3.who_sees(T, T, device=device)      # as GPT.forward does
+        function = partial(chapter3.attention, visible=visible, kind=kind)
+        works[kind] = partial(step, torch.compile(function, dynamic=False) if config.compile else function, inputs)
+    for kind, work in list(works.items()):
+        try:
+            work()                                             # pays for what is set up once
+            found[kind] = ([], peak_bytes(work, device))
+        except torch.OutOfMemoryError:
+            del works[kind]
+    for _ in range(config.repeats):
+        for kind, work in works.items():
+            found[kind][0].append(seconds_of(work, device))
+    return {kind: (median(found[kind][0]), found[kind][1]) if kind in found else None for kind in KINDS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="tokens in a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="tokens in a sequence")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, help="of q, k and v")
-    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
     parser.add_argument("--heads", type=int, default=12, help="heads")
     parser.add_argument("--width", type=int, default=64, help="width of a head")
-    parser.add_argument("--repeats", type=int, default=5, help="runs, of which the fastest counts")
+    parser.add_argument("--repeats", type=int, default=7, help="turns that each kind takes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on a CPU")
     parser.add_argument("--compile", action="store_true", help="let torch.compile join operations")
     config = parser.parse_args()
@@ -99,7 +101,7 @@ def main():
     print(f"{'dtype':9} {'T':>5} {'kind':8} {'ms':>10} {'of fused':>9} {'MB':>9} {'of fused':>9}")
     for dtype in config.dtypes:
         for T in config.lengths:
-            found = {kind: measure(kind, DTYPES[dtype], T, config, device) for kind in ("fused", "formula", "blocks")}
+            found = measure(DTYPES[dtype], T, config, device)
             for kind, result in found.items():
                 if result is None or found["fused"] is None:
                     print(f"{dtype:9} {T:5} {kind:8} does not fit into memory")

@@ -7,6 +7,7 @@ Prints: per family the largest difference of logits, beside the largest logit, w
         difference is larger than rounding explains.
 """
 import argparse
+import re
 import sys
 import tempfile
 from importlib import import_module
@@ -23,7 +24,7 @@ except ImportError:
     transformers = None
 
 LIMIT = 1e-4  # of the largest logit: float32 rounding, summed up in another order
-T = 48  # tokens per row, which is also the context
+T = 48  # tokens in a sequence, which is also the context
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=T, tie_word_embeddings=False)
 
@@ -45,8 +46,8 @@ def their_models():
 def our_models():
     """Yield (name, a random model of chapter 3)."""
     shape = dict(vocab_size=320, context=T, layers=3, heads=4, width=64)
-    yield "GPT-2", dict(shape, **chapter3.GPT2, norm_eps=1e-5)
-    yield "GPT-2, untied", dict(shape, **chapter3.GPT2, hidden=100, tied=False)
+    yield "GPT-2", {**chapter3.GPT2, **shape}
+    yield "GPT-2, untied", {**chapter3.GPT2, **shape, "hidden": 100, "tied": False}
     yield "Llama", dict(shape, qk_norm=False, norm_eps=1e-5)
     yield "Llama, grouped, D 24", dict(shape, qk_norm=False, kv_heads=2, head_width=24, tied=False, rope_theta=5000.0)
     yield "Qwen3", dict(shape)
@@ -96,14 +97,23 @@ def compare_models(folder):
     return wrong
 
 
+def encode_marked(tokenizer, text):
+    """Encode a text in which the names of special tokens stand for them, which ours never does by itself."""
+    ids = []
+    for part in re.split(r"(<\|\w+\|>)", text):
+        mark = tokenizer.special_tokens.get(part)
+        ids += tokenizer.encode(part) if mark is None else [mark]
+    return ids
+
+
 def compare_tokenizers(folder):
     """Train a tokenizer on the chapters themselves and encode them; return whether any ids differ."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(chapter1.__file__).parent.glob("0*.py"))]
-    texts += ["Grüße,\r\n\t東京 🙂 1234567 don't  ", "a\n\n\n  b   \n", "<|endoftext|>x<|im_start|>user\nhello<|im_end|>"]
     tokenizer = chapter1.train_bpe(texts, 600)
+    texts += ["Grüße,\r\n\t東京 🙂 1234567 don't  ", "a\n\n\n  b   \n", "<|endoftext|>x<|im_start|>user\nhello<|im_end|>"]
     tokenizer.save(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    wrong = [text for text in texts if tokenizer.encode(text, allow_special=True) != theirs.encode(text)]
+    wrong = [text for text in texts if encode_marked(tokenizer, text) != theirs.encode(text)]
     print(f"AutoTokenizer on chapter 1's folder: ids equal on {len(texts) - len(wrong)} of {len(texts)} texts")
     return bool(wrong)
 
