@@ -420,7 +420,7 @@ def run(script, config_class, about, defaults_for=dict):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (CourseError, OSError) as error:
+    except (CourseError, OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {error}")
 
 

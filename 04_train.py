@@ -140,11 +140,11 @@ class Muon(torch.optim.Optimizer):
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 0.05)       # 0.95 of it stays
             update = orthogonalise(gradient.lerp(average, 0.95))
-            # its numbers have a mean size of 1 / sqrt(longer side); AdamW's moves, of about 0.2 lr
-            size = 0.2 * max(gradient.shape[1:]) ** 0.5
+            # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
+            # one of about 0.2 lr: made equal to that, both can share their usual rates.
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(change, alpha=-group["lr"] * size)
+                p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
 def make_optimizers(model, config):
@@ -367,8 +367,8 @@ def main(config):
         print(f"drew {out}/compare.png")
         return
     if log.exists() and not (config.resume or config.test):
-        print(f"this run replaces one of {len(log.read_bytes().splitlines()) - 1} steps in {folder}: "
-              "another --out keeps both")
+        steps = len(log.read_bytes().splitlines()) - 1
+        print(f"this run replaces one of {steps} steps in {folder}: another --out keeps both")
     machine = choose_machine(config)
 
     # 1. The text, and the tokenizer that it was encoded with.

@@ -143,7 +143,7 @@ class KVCache:
     heads pay off here: with K = H / 2, half as much is kept.
     """
     def __init__(self):
-        self.keys_values = {}                                  # {layer: two of (B, K, S, D)}
+        self.keys_values = {}                                  # {layer: (keys, values)}
         self.length = 0                                        # set by the model when it has read
 
     def append(self, layer, k, v):
@@ -370,7 +370,7 @@ def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
     for group in ({"chat", "score", "heatmap"}, {"chat", "score", "prompt", "prompt_file"}):
         if len(group & given.keys()) > 1:
-            raise CourseError(f"choose one of {', '.join(sorted(group))}")
+            raise CourseError(f"choose one of these flags: {', '.join(sorted(group))}")
     if given.keys() & {"heatmap_layers", "heatmap_heads"} and "heatmap" not in given:
         raise CourseError("--heatmap-layers and --heatmap-heads belong to --heatmap FILE")
     return {"temperature": CHAT_TEMPERATURE} if given.get("chat") else {}

@@ -1,6 +1,6 @@
 """Chapter 4: training equals its definition, a resumed run an unbroken one, Muon torch's own; and what is refused.
 
-Tiny models in float32 on the CPU; nothing is compiled but where that is the subject.
+Tiny models in float32 on one core; nothing is compiled but where that is the subject.
 """
 import csv
 import math
@@ -21,11 +21,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 chapter1, chapter2, chapter3, chapter4 = map(import_module, ("01_tokenizer", "02_data", "03_model", "04_train"))
-CourseError, IGNORED, GPT = chapter1.CourseError, chapter4.IGNORED, chapter3.GPT
+CourseError, IGNORED, GPT, read_checkpoint = chapter1.CourseError, chapter4.IGNORED, chapter3.GPT, chapter4.read_checkpoint
 CPU = chapter4.Machine(torch.device("cpu"), "fp32", False)
-SETTINGS = chapter4.TrainingConfig(steps=8, batch_tokens=64, micro_batch=4, lr=3e-3, matrix_lr=0.02, warmup=2,
-                                   eval_every=4)
-PLAIN = dict(optimizer="adamw", weight_decay=0.0, clip=0.0)    # as in train_naive
+SETTINGS = chapter4.TrainingConfig(steps=8, batch_tokens=64, micro_batch=4, lr=3e-3, matrix_lr=0.02, warmup=2, eval_every=4)
+ADAMW = replace(SETTINGS, optimizer="adamw")
 TINY = dict(vocab_size=320, context=16, layers=2, heads=2, width=32)
 DRAW = chapter4.draw_curves
 
@@ -60,28 +59,20 @@ def train(folder, config=SETTINGS, model=None, machine=CPU, judge=judge, keep=la
     return model, chapter4.train(model, batch, config, machine, Path(folder), judge, keep, saved)
 
 
-def signalled(at):
-    """A batch that sends this process a Ctrl-C in step `at`."""
+def signalled(at, times=1):
+    """A batch that sends this process Ctrl-C in step `at`."""
     def interrupted(step):
-        if step == at:
+        for _ in range(times * (step == at)):
             os.kill(os.getpid(), signal.SIGINT)
         return batch(step)
     return interrupted
 
 
 def same(first, second):
-    """Tell whether two state dicts, or two nests of them, are equal to the bit."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
+    """Tell whether two nests of dicts and tensors are equal to the bit."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
-    return first == second
-
-
-def untimed(log, *less):
-    """Return a log without the clock."""
-    hidden = {"seconds", "tokens_per_second", *less}
-    return [{name: value for name, value in row.items() if name not in hidden} for row in log]
+    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
 def column(log, name):
@@ -89,14 +80,27 @@ def column(log, name):
 
 
 def use_sgd(monkeypatch):
-    """Plain SGD: AdamW and Muon magnify rounding, where a gradient is nearly 0."""
+    """Plain SGD: AdamW and Muon magnify rounding where a gradient is nearly 0."""
     monkeypatch.setattr(chapter4, "make_optimizers",
                         lambda model, config: {"adamw": torch.optim.SGD(model.parameters(), lr=1.0)})
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: Path(path).write_text("drawn"))    # a second each
+def quick(monkeypatch):
+    """One core, and no pictures, which take a second each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: Path(path).write_text("drawn"))
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -127,33 +131,20 @@ def main(course, tmp_path):
     return with_flags
 
 
+HERE = ("--no-compile", "--device", "cpu", "--precision", "fp32")
+QUICK = ("--steps", 8, "--batch-tokens", 64, "--eval-every", 4, "--eval-tokens", 64, *HERE)
 SHAPE = ("--layers", 2, "--heads", 2, "--width", 32, "--context", 16)
-QUICK = ("--steps", 8, "--batch-tokens", 64, "--eval-every", 4, "--eval-tokens", 64, "--no-compile", "--device", "cpu",
-         "--precision", "fp32")
 
 
-# ---- The definition, and what it is equal to
+# ---- The definition, and what is equal to it
 
 def test_train_equals_its_definition_to_the_bit(tmp_path):
-    config = replace(SETTINGS, **PLAIN)
+    config = replace(ADAMW, weight_decay=0.0, clip=0.0)
     naive, fast = model_of(), model_of()
-    same_batch = lambda step: full_batch(step % 2)             # something can be learnt
-    losses = chapter4.train_naive(naive, same_batch, config)
-    _, log = train(tmp_path, config, fast, batch=same_batch)
+    learnable = lambda step: full_batch(step % 2)
+    losses = chapter4.train_naive(naive, learnable, config)
+    _, log = train(tmp_path, config, fast, batch=learnable)
     assert losses == column(log, "loss") and losses[-1] < losses[0] and same(naive.state_dict(), fast.state_dict())
-
-
-def gradients(monkeypatch, folder, micro_batch, machine=CPU):
-    """Return the gradients of step 0 as they reach the clipping, and the row of the log."""
-    found, clip = [], torch.nn.utils.clip_grad_norm_
-    def spying(parameters, limit):
-        parameters = list(parameters)
-        found.extend(p.grad.clone() for p in parameters)
-        return clip(parameters, limit)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", spying)
-        _, log = train(folder, replace(SETTINGS, steps=1, micro_batch=micro_batch), machine=machine)
-    return found, log[0]
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4, 2, 1, 3])       # 1 x 4 = 2 x 2 = 4 x 1
@@ -161,8 +152,14 @@ def test_accumulated_gradients_equal_the_definition_under_masks(tmp_path, monkey
     model, (x, y) = model_of(), batch(0)
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORED)
     loss.backward()
-    found, row = gradients(monkeypatch, tmp_path, micro_batch)
-    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6) and row["tokens"] == 64
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+    def spying(parameters, limit):
+        parameters = list(parameters)
+        found.extend(p.grad.clone() for p in parameters)
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spying)
+    _, log = train(tmp_path, replace(SETTINGS, steps=1, micro_batch=micro_batch))
+    assert log[0]["loss"] == pytest.approx(loss.item(), rel=1e-6) and log[0]["tokens"] == 64
     for p, gradient in zip(model.parameters(), found, strict=True):
         assert torch.allclose(gradient, p.grad, rtol=1e-4, atol=1e-7)
 
@@ -176,15 +173,13 @@ def test_documents_reach_the_model(tmp_path):
 
 
 def test_a_seed_gives_the_same_losses(tmp_path):
-    run = lambda seed: train(tmp_path, replace(SETTINGS, seed=seed), model_of(dropout=0.3))
-    losses = lambda seed: column(run(seed)[1], "loss")
+    losses = lambda seed: column(train(tmp_path, replace(SETTINGS, seed=seed), model_of(dropout=0.3))[1], "loss")
     assert losses(1) == losses(1) != losses(2)                 # the weights are equal: this is dropout alone
 
 
 SETUP = f"""
-import os, signal, sys
+import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch
 from test_04_train import *
 torch.set_num_threads(1)
 chapter4.draw_curves = lambda logs, path: None
@@ -193,37 +188,38 @@ chapter4.draw_curves = lambda logs, path: None
 
 def script(code, *arguments, **environment):
     """Start a Python that runs some code after SETUP."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen([sys.executable, "-c", SETUP + code, *map(str, arguments)], text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("world", [2, 3])                      # three share four sequences unevenly
-def test_processes_equal_one_and_stop_together(tmp_path, monkeypatch, world):
+def test_processes_equal_one_and_stop_together(tmp_path, monkeypatch):
+    """Two, and three, which share four sequences unevenly."""
     code = """
 chapter4.make_optimizers = lambda model, config: {"adamw": torch.optim.SGD(model.parameters(), lr=1.0)}
 machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precision="fp32", compile=False))
 config = replace(SETTINGS, steps=3, micro_batch=1, lr=1.0, eval_every=100)
 folder = Path(sys.argv[1])
-model, log = train(folder / "sgd", config, machine=machine)
+model, log = train(folder, config, machine=machine)
 torch.save({"model": model.state_dict(), "log": log}, folder / f"{machine.rank}.pt")
 stopped = signalled(5) if machine.rank == machine.world - 1 else batch
 train(folder / "stopped", replace(config, steps=10**6), machine=machine, batch=stopped)
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-    started = [script(code, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(world)]
-    ends = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * (world - 1) + [130], ends
-    assert len(torch.load(tmp_path / "stopped" / "resume.pt", weights_only=True)["log"]) == 6
-    assert "step 1" in ends[0][0] and not any(out for out, _ in ends[1:]), "only rank 0 prints"
-
+    started = []
+    for world in (2, 3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        started += [(script(code, tmp_path / str(world), RANK=str(rank), LOCAL_RANK=str(rank), **shared), world, rank)
+                    for rank in range(world)]
     use_sgd(monkeypatch)
     model, log = train(tmp_path / "one", replace(SETTINGS, steps=3, lr=1.0, eval_every=100))
     start = model_of().state_dict()
-    for rank in range(world):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for process, world, rank in started:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == (130 if rank == world - 1 else 0), error
+        assert bool(out) == (rank == 0), "only rank 0 prints"
+        assert len(read_checkpoint(tmp_path / str(world) / "stopped")["log"]) == 6
+        found = torch.load(tmp_path / str(world) / f"{rank}.pt", weights_only=True)
         for name in ("loss", "grad_norm", "tokens"):
             assert column(found["log"], name) == pytest.approx(column(log, name), rel=1e-5)
         for name, value in model.state_dict().items():
@@ -233,27 +229,26 @@ train(folder / "stopped", replace(config, steps=10**6), machine=machine, batch=s
 
 def test_compiled_equals_uncompiled_and_saves_plain_names(tmp_path, monkeypatch):
     use_sgd(monkeypatch)
-    config = replace(SETTINGS, steps=2, lr=1.0)
-    _, log = train(tmp_path / "plain", config)
-    model, compiled = train(tmp_path, config, machine=replace(CPU, compile=True), keep=lambda model: model.save(tmp_path))
+    config, make = replace(SETTINGS, steps=2, lr=1.0), lambda: model_of(layers=1, heads=1, width=16)
+    _, log = train(tmp_path / "plain", config, make())
+    _, compiled = train(tmp_path, config, make(), replace(CPU, compile=True), keep=lambda model: model.save(tmp_path))
     for name in ("loss", "grad_norm"):
         assert column(compiled, name) == pytest.approx(column(log, name), rel=1e-5)
-    saved = chapter4.read_checkpoint(tmp_path)["model"]
+    saved = read_checkpoint(tmp_path)["model"]
     assert not any("_orig_mod" in name for name in saved) and same(saved, GPT.load(tmp_path).state_dict())
 
 
 def test_without_a_compiler_training_goes_on(tmp_path):
-    """Not even the gradients of the attempt are left, nor has dropout's random state moved on."""
+    """Neither gradients of the attempt are left, nor has dropout's random state moved on."""
     process = script("train(sys.argv[1], replace(SETTINGS, steps=2), model_of(dropout=0.3), replace(CPU, compile=True))",
                      tmp_path, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
                      TORCHINDUCTOR_COMPILE_THREADS="1")
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in error, error
     assert len([line for line in out.splitlines() if "not compiled" in line]) == 1
-    model, log = train(tmp_path / "plain", replace(SETTINGS, steps=2), model_of(dropout=0.3))
-    saved = chapter4.read_checkpoint(tmp_path)
-    assert column(saved["log"], "grad_norm") == pytest.approx(column(log, "grad_norm"), rel=1e-5)
-    assert saved["log"][0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-6)
+    _, log = train(tmp_path / "plain", replace(SETTINGS, steps=2), model_of(dropout=0.3))
+    for name in ("loss", "grad_norm"):
+        assert column(read_checkpoint(tmp_path)["log"], name) == column(log, name)
 
 
 # ---- Schedule and optimizers
@@ -269,6 +264,8 @@ def test_the_learning_rate_at_its_corners():
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_every_weight_has_one_optimizer_and_the_scheduled_rate(tmp_path, monkeypatch, kind):
     model = model_of(tied=False, bias=True, norm="layernorm")
+    frozen = model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    before = frozen.clone()
     made = chapter4.make_optimizers(model, replace(SETTINGS, optimizer=kind))
     groups = [(name, group) for name, optimizer in made.items() for group in optimizer.param_groups]
     owned = [id(p) for _, group in groups for p in group["params"]]
@@ -277,45 +274,33 @@ def test_every_weight_has_one_optimizer_and_the_scheduled_rate(tmp_path, monkeyp
     assert decayed == {id(p) for p in model.parameters() if p.ndim == 2}
     hidden = {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim == 2}
     for_muon = {id(p) for name, group in groups if name == "muon" for p in group["params"]}
-    assert for_muon == (hidden if kind == "muon" else set())
+    assert for_muon == (hidden - {id(frozen)} if kind == "muon" else set())
     monkeypatch.setattr(chapter4, "make_optimizers", lambda *_: made)
     _, log = train(tmp_path, model=model)
     last = chapter4.lr_scale(7, SETTINGS)
-    assert log[-1]["lr_scale"] == last
+    assert log[-1]["lr_scale"] == last and torch.equal(frozen, before)
     assert all(group["lr"] == last * (3e-3 if name == "adamw" else 0.02) for name, group in groups)
 
 
-def test_frozen_weights_stay(tmp_path):
-    model = model_of()
-    model.embed_tokens.requires_grad_(False)
-    model.layers[0].requires_grad_(False)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    train(tmp_path, replace(SETTINGS, steps=1), model)
-    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == \
-        {name for name, p in model.named_parameters() if not p.requires_grad}
-
-
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64), (32, 32)])
-def test_muon_equals_torchs(shape):
-    """Each update is as long as the matrix's; bfloat16 has 3 digits."""
+def test_muon_equals_torchs_within_the_noise_of_bf16(shape):
     torch.manual_seed(0)
     first = torch.nn.Parameter(torch.randn(shape) * 0.05)
     second = torch.nn.Parameter(first.detach().clone())
     ours = chapter4.Muon([first], 0.02, 0.1)
     theirs = torch.optim.Muon([second], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = first.detach().clone()
     for step in range(6):
-        before = second.detach().clone()
         first.grad = torch.randn(shape) * 0.01
         second.grad = first.grad.clone()
         ours.step()
         theirs.step()
-        assert (first - second).norm() < 0.02 * (step + 1) * (second - before).norm()
+        assert (first - second).norm() < 0.03 * (second - start).norm()
 
 
 def test_stacked_matrices_move_as_single_ones():
     torch.manual_seed(0)
-    shapes = [(16, 32), (32, 16), (16, 32), (16, 16), (16, 32)]
-    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 32), (32, 16), (16, 32), (16, 16), (16, 32))]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
     optimizers = [chapter4.Muon(together, 0.02, 0.1), *[chapter4.Muon([p], 0.02, 0.1) for p in alone]]
     for step in range(3):
@@ -324,8 +309,7 @@ def test_stacked_matrices_move_as_single_ones():
             twin.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for p, twin in zip(together, alone):
-        assert torch.allclose(p, twin, atol=2e-3)              # a step has numbers of about 0.004
+    assert all(torch.allclose(p, twin, atol=1e-3) for p, twin in zip(together, alone))     # a step: numbers of 4e-3
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 80), (2, 80, 20), (1, 48, 64)])
@@ -333,9 +317,18 @@ def test_orthogonalise_gives_singular_values_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     made = chapter4.orthogonalise(matrices).float()
     values = torch.linalg.svdvals(made)
-    assert values.min() > 0.6 and values.max() < 1.3
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert values.min() > 0.6 and values.max() < 1.3
     assert F.cosine_similarity((u @ v).flatten(1), made.flatten(1)).min() > 0.97           # the same directions
+
+
+def test_another_device_is_reached_by_all():
+    """On meta, numbers that stay on the CPU are an error."""
+    model = model_of().to("meta")
+    chapter4.Objective(model)(*[tensor.to("meta") for tensor in full_batch(0)]).sum().backward()
+    optimizer = chapter4.Muon([p for p in model.layers.parameters() if p.ndim == 2], 0.02, 0.1)
+    optimizer.step()
+    assert {state["average"].device.type for state in optimizer.state.values()} == {"meta"}
 
 
 # ---- Precision, clipping, numbers out of range
@@ -347,10 +340,12 @@ class Scaled(chapter4.Machine):
         return nullcontext()
 
 
+SCALED = Scaled(torch.device("cpu"), "fp16", False)
+
+
 def test_gradients_are_clipped_after_the_scale_is_out(tmp_path):
-    config = replace(SETTINGS, clip=0.1, optimizer="adamw")
-    plain, log = train(tmp_path, config)
-    scaled, scaled_log = train(tmp_path, config, machine=Scaled(torch.device("cpu"), "fp16", False))
+    plain, log = train(tmp_path, replace(ADAMW, clip=0.1))
+    scaled, scaled_log = train(tmp_path, replace(ADAMW, clip=0.1), machine=SCALED)
     assert column(scaled_log, "grad_norm") == pytest.approx(column(log, "grad_norm"), rel=1e-4)
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(plain.parameters(), scaled.parameters()))
 
@@ -361,18 +356,15 @@ def test_clipping_shortens_the_gradient(tmp_path, monkeypatch):
     for clip in (0.25, 0.0):                                   # 0: as it is
         after, log = train(tmp_path, replace(SETTINGS, steps=1, clip=clip, lr=1.0, warmup=0))
         moved = torch.cat([p.detach().flatten() for p in after.parameters()]) - before
-        assert log[0]["grad_norm"] > 0.25
-        assert moved.norm().item() == pytest.approx(clip or log[0]["grad_norm"], rel=1e-3)
+        assert log[0]["grad_norm"] > 0.25 and moved.norm().item() == pytest.approx(clip or log[0]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_stay_float32(tmp_path, precision):
-    config = replace(SETTINGS, optimizer="adamw")
-    model, log = train(tmp_path, config, machine=replace(CPU, precision=precision))
-    _, exact = train(tmp_path, config)
+    model, log = train(tmp_path, ADAMW, machine=replace(CPU, precision=precision))
+    exact = column(train(tmp_path, ADAMW)[1], "loss")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert column(log, "loss") != column(exact, "loss")
-    assert column(log, "loss") == pytest.approx(column(exact, "loss"), rel=0.02)
+    assert column(log, "loss") != exact and column(log, "loss") == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.parametrize("masked", [slice(2), slice(None)])    # a micro-batch, a whole step
@@ -389,41 +381,38 @@ def spoil(monkeypatch, steps):
     """Let the loss be nan in some steps (of one micro-batch each)."""
     forward, calls = chapter4.Objective.forward, []
     def spoiled(self, *tensors):
-        loss = forward(self, *tensors)
         calls.extend([1] * self.training)
-        return loss * math.nan if self.training and len(calls) - 1 in steps else loss
+        return forward(self, *tensors) * (math.nan if self.training and len(calls) - 1 in steps else 1)
     monkeypatch.setattr(chapter4.Objective, "forward", spoiled)
 
 
-def test_fp16_lowers_its_scale_and_goes_on(tmp_path, monkeypatch):
+def test_fp16_lowers_its_scale_and_goes_on_but_not_for_ever(tmp_path, monkeypatch):
     spoil(monkeypatch, range(3))
-    machine = Scaled(torch.device("cpu"), "fp16", False)
-    model, log = train(tmp_path, replace(SETTINGS, optimizer="adamw"), machine=machine)
+    model, log = train(tmp_path, ADAMW, machine=SCALED)
     assert [math.isfinite(norm) for norm in column(log, "grad_norm")] == [False] * 3 + [True] * 5
-    assert chapter4.read_checkpoint(tmp_path)["scaler"]["scale"] == 2**16 / 2**3
+    assert read_checkpoint(tmp_path)["scaler"]["scale"] == 2**16 / 2**3
     assert not same(model_of().state_dict(), model.state_dict()) and all(p.isfinite().all() for p in model.parameters())
-    with pytest.raises(CourseError, match="lower --lr"):       # but not for ever
-        spoil(monkeypatch, range(10**6))
-        train(tmp_path, replace(SETTINGS, optimizer="adamw", steps=40), machine=machine)
+    spoil(monkeypatch, range(10**6))
+    with pytest.raises(CourseError, match="lower --lr"):
+        train(tmp_path, replace(ADAMW, steps=40), machine=SCALED)
 
 
 @pytest.mark.parametrize("first_bad", [2, 6])                  # before the first evaluation, and after it
 def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_bad):
     train(tmp_path, replace(SETTINGS, steps=4))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = files_in(tmp_path)
     spoil(monkeypatch, range(first_bad, 100))
     with pytest.raises(CourseError, match="the gradient is nan: lower --lr and --matrix-lr"):
         train(tmp_path, judge=lambda model: (1.0, 1.0, ""))
-    now = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    assert (now == before) == (first_bad == 2) and now.keys() == before.keys()
-    rows = list(csv.DictReader((tmp_path / "diverged" / "log.csv").read_text().splitlines()))
+    assert (files_in(tmp_path) == before) == (first_bad == 2) and files_in(tmp_path).keys() == before.keys()
+    rows = rows_of(tmp_path / "diverged" / "log.csv")
     assert len(rows) == first_bad + 1 and rows[-1]["loss"] == "nan" and (tmp_path / "diverged" / "loss.png").exists()
 
 
 def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
     with pytest.raises(CourseError, match="held-out loss is nan"):
         train(tmp_path, judge=lambda model: (math.nan, 1.0, ""), keep=lambda model: pytest.fail("kept"))
-    assert not (tmp_path / "resume.pt").exists()
+    assert not files_in(tmp_path)
 
 
 @pytest.mark.parametrize("error", [
@@ -438,17 +427,6 @@ def test_out_of_memory_names_a_flag_that_helps(tmp_path, monkeypatch, error, mic
         train(tmp_path, replace(SETTINGS, micro_batch=micro_batch))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("something else"), BrokenPipeError(32, "Broken pipe")])
-def test_other_errors_pass(tmp_path, monkeypatch, error):
-    def broken(*_):
-        raise error
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(chapter4.Run, "log_step", broken)      # as when `| head` closes what is printed to
-    with pytest.raises(type(error)):
-        train(tmp_path)
-    assert signal.getsignal(signal.SIGINT) == before
-
-
 # ---- Stopping and resuming
 
 CASES = {"plain": {}, "dropout": dict(dropout=0.3), "accumulation": dict(micro_batch=1),
@@ -459,34 +437,36 @@ CASES = {"plain": {}, "dropout": dict(dropout=0.3), "accumulation": dict(micro_b
 @pytest.mark.parametrize("stop", [3, 4])                       # between evaluations, and at one
 def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, capfd, case, stop):
     changes = dict(CASES[case])
-    make = lambda seed=5: model_of(seed, dropout=changes.get("dropout", 0.0))
-    config = replace(SETTINGS, **{name: value for name, value in changes.items() if name != "dropout"})
+    dropout = changes.pop("dropout", 0.0)
+    config, handler = replace(SETTINGS, **changes), signal.getsignal(signal.SIGINT)
     machine = replace(CPU, precision=config.precision or "fp32")
-    whole, log = train(tmp_path / "whole", config, make(), machine)
-    before = signal.getsignal(signal.SIGINT)
+    train(tmp_path / "whole", config, model_of(5, dropout=dropout), machine)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "parts", config, make(), machine, batch=signalled(stop - 1))
+        train(tmp_path / "parts", config, model_of(5, dropout=dropout), machine, batch=signalled(stop - 1))
     printed = capfd.readouterr()
     assert stopped.value.code == 130 and "stopping after this step" in printed.err and "--resume" in printed.out
-    assert signal.getsignal(signal.SIGINT) == before
-    saved = chapter4.read_checkpoint(tmp_path / "parts")
-    assert len(saved["log"]) == stop and saved["config"]["micro_batch"] == config.micro_batch
+    assert signal.getsignal(signal.SIGINT) == handler
+    saved = read_checkpoint(tmp_path / "parts")
+    assert len(saved["log"]) == stop
     torch.manual_seed(123)                                     # the new process stands elsewhere in its random numbers
-    parts, parts_log = train(tmp_path / "parts", config, make(99), machine, saved=saved)
-    assert same(whole.state_dict(), parts.state_dict())
-    assert untimed(log, "val_loss", "val_bits_per_byte") == untimed(parts_log, "val_loss", "val_bits_per_byte")
-    ends = [chapter4.read_checkpoint(tmp_path / name) for name in ("whole", "parts")]
-    for name in {"model", "scaler", "adamw", "muon"} & ends[0].keys():
-        assert same(ends[0][name], ends[1][name]), name
+    train(tmp_path / "parts", config, model_of(99, dropout=dropout), machine, saved=saved)
+    whole, parts = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    for end in (whole, parts):
+        for row in end["log"]:
+            for name in ("seconds", "tokens_per_second", *["val_loss", "val_bits_per_byte"] * (row["step"] % 4 > 0)):
+                row.pop(name, None)                            # to stop is to evaluate
+    assert same(whole, parts)
 
 
-def test_asked_twice_it_stops_at_once(tmp_path):
-    def twice(step):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        pytest.fail("went on")
+def test_asked_twice_it_stops_at_once_and_other_errors_pass(tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, batch=lambda step: batch(step) if not sys._getframe(1).f_locals.get("run") else twice(step))
+        train(tmp_path, batch=signalled(2, times=2))
+    for error in (RuntimeError("something else"), BrokenPipeError(32, "Broken pipe")):     # as with `| head`
+        monkeypatch.setattr(chapter4.Run, "log_step", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            train(tmp_path)
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) == handler
 
 
 def test_killed_in_the_middle_of_a_save_then_resumed(tmp_path):
@@ -503,56 +483,48 @@ torch.save = dying
 train(sys.argv[1])
 """, tmp_path)
     _, error = killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL, error
-    saved = chapter4.read_checkpoint(tmp_path)
-    assert len(saved["log"]) == 4
-    parts, log = train(tmp_path, model=model_of(9), saved=saved)
-    whole, _ = train(tmp_path / "whole")
-    difference = max((a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters()))
-    assert difference < 1e-3 and len(log) == 8                 # the killed process had another number of threads
+    saved = read_checkpoint(tmp_path)
+    assert killed.returncode == -signal.SIGKILL and len(saved["log"]) == 4, error
+    parts, _ = train(tmp_path, model=model_of(9), saved=saved)
+    assert same(train(tmp_path / "whole")[0].state_dict(), parts.state_dict())
 
 
 def test_a_full_disk_leaves_the_last_save_whole(tmp_path, monkeypatch):
     train(tmp_path, replace(SETTINGS, steps=4))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    opened = open
+    before, opened = files_in(tmp_path), open
     monkeypatch.setattr("builtins.open", lambda path, *more, **named: opened(
         "/dev/full" if str(path).endswith(".tmp") else path, *more, **named))
     with pytest.raises(OSError, match="No space left"):        # which `chapter1.run` prints as one line
         train(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files_in(tmp_path) == before
 
 
-def test_a_log_held_open_does_not_end_a_run(tmp_path, monkeypatch):
+def test_a_log_held_open_does_not_end_a_run(tmp_path):
     (tmp_path / "log.csv").mkdir()                             # nothing can be moved there
-    _, log = train(tmp_path)
-    assert len(log) == 8 and len(chapter4.read_checkpoint(tmp_path)["log"]) == 8
+    assert len(train(tmp_path)[1]) == 8 == len(read_checkpoint(tmp_path)["log"])
 
 
 def test_patience_stops_and_the_best_is_kept(tmp_path):
-    losses, kept = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
-    config = replace(SETTINGS, steps=40, patience=2)
+    losses, kept = iter([3.0, 2.0, 2.5, 2.0, 1.0, 1.5, 1.4]), []
     more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
-    _, log = train(tmp_path, config, **more)
+    _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
     assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.0] and len(kept) == 2 and len(log) == 17
-    saved = chapter4.read_checkpoint(tmp_path)
-    assert len(saved["log"]) == 16
     with pytest.raises(CourseError, match="this run is over, after 16 steps: .*--patience"):
-        train(tmp_path, config, saved=saved, **more)
-    _, log = train(tmp_path, replace(config, patience=3), saved=chapter4.read_checkpoint(tmp_path), **more,)
-    assert column(log, "val_loss")[-1] == 1.0 and len(kept) == 3
+        train(tmp_path, replace(SETTINGS, steps=40, patience=2), saved=read_checkpoint(tmp_path), **more)
+    _, log = train(tmp_path, replace(SETTINGS, steps=28, patience=3), saved=read_checkpoint(tmp_path), **more)
+    assert column(log, "val_loss")[4:] == [1.0, 1.5, 1.4] and len(kept) == 3
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path):
     train(tmp_path)
     with pytest.raises(CourseError, match="over, after 8 steps: more --steps"):
-        train(tmp_path, saved=chapter4.read_checkpoint(tmp_path))
-    saved = chapter4.read_checkpoint(tmp_path)
+        train(tmp_path, saved=read_checkpoint(tmp_path))
+    saved = read_checkpoint(tmp_path)
     saved["log"] = [{**row, "older": 1.0} for row in saved["log"]]             # a log may have had other columns
-    _, log = train(tmp_path, replace(SETTINGS, steps=12), saved=saved)
-    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    train(tmp_path, replace(SETTINGS, steps=12), saved=saved)
+    rows = rows_of(tmp_path / "log.csv")
     assert [float(row["tokens"]) for row in rows] == [64 * step for step in range(1, 13)]
-    assert [row["older"] for row in rows] == ["1"] * 8 + ["nan"] * 4 and len(log) == 12
+    assert [row["older"] for row in rows] == ["1"] * 8 + ["nan"] * 4
     assert [row["val_loss"] != "nan" for row in rows] == [False, False, False, True] * 3
     DRAW({"run": tmp_path / "log.csv"}, tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
@@ -560,7 +532,7 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path):
 
 # ---- Evaluation
 
-def test_evaluation_by_its_definition():
+def test_evaluation_by_its_definition(monkeypatch):
     model = model_of().eval()
     tokens = np.random.default_rng(0).integers(0, 320, 16 * 11 + 5).astype(np.uint16)
     bytes_of = torch.arange(320) % 7 + 1
@@ -571,43 +543,24 @@ def test_evaluation_by_its_definition():
         targets = tokens[start + 1:start + 17].astype(int)
         nats[start] = -sum(chances[position, target].item() for position, target in enumerate(targets))
         size[start] = sum(target % 7 + 1 for target in targets)
-    for limit, chosen in ((0, range(11)), (10**6, range(11)), (16 * 11, range(11)), (16 * 4, (0, 3, 6, 9)), (1, (0,))):
-        total = sum(nats[16 * i] for i in chosen)
-        loss, bits = chapter4.evaluate(model, CPU, tokens, bytes_of, limit)
-        assert loss == pytest.approx(total / (16 * len(chosen)), rel=1e-5), limit
-        assert bits == pytest.approx(total / math.log(2) / sum(size[16 * i] for i in chosen), rel=1e-5)
-
-
-def test_evaluation_in_parts_equals_one(monkeypatch):
-    tokens, bytes_of = np.arange(16 * 9 + 1).astype(np.uint16), torch.ones(320)
-    whole = chapter4.evaluate(model_of().eval(), CPU, tokens, bytes_of)
     calls, forward = [], GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda self, ids, *more: calls.append(len(ids)) or forward(self, ids, *more))
-    model = model_of().eval()
-    model.config.vocab_size = 2**24 // 16 // 2                 # as if two sequences were as much as fits
-    assert chapter4.evaluate(model, CPU, tokens, bytes_of) == pytest.approx(whole, rel=1e-6) and max(calls) == 2
-
-
-def test_too_little_held_out_text_names_what_helps():
+    for at_once in (11, 2):                                    # as if so many sequences fitted the memory
+        model.config.vocab_size = 2**24 // 16 // at_once
+        for limit, chosen in ((0, range(11)), (10**6, range(11)), (16 * 11, range(11)), (16 * 4, (0, 3, 6, 9)), (1, (0,))):
+            total = sum(nats[16 * i] for i in chosen)
+            loss, bits = chapter4.evaluate(model, CPU, tokens, bytes_of, limit)
+            assert loss == pytest.approx(total / (16 * len(chosen)), rel=1e-5), limit
+            assert bits == pytest.approx(total / math.log(2) / sum(size[16 * i] for i in chosen), rel=1e-5)
+        assert max(calls[-4:]) == min(2, at_once) or at_once == 11
     with pytest.raises(CourseError, match="16 held-out tokens: use more text or a smaller --context"):
-        chapter4.evaluate(model_of(), CPU, np.arange(16), torch.ones(320), 100)
-    chapter4.evaluate(model_of(), CPU, np.arange(17), torch.ones(320), 100)
+        chapter4.evaluate(model, CPU, np.arange(16), bytes_of, 100)
 
 
 def test_the_loop_trains_with_dropout_and_judges_without(tmp_path):
     modes = []
     model, _ = train(tmp_path, model=model_of(dropout=0.5), judge=lambda model: (modes.append(model.training) or 1.0, 1.0, ""))
     assert modes == [False, False] and model.training
-
-
-def test_another_device_is_reached_by_all():
-    """On meta, numbers that stay on the CPU are an error."""
-    model = model_of().to("meta")
-    x, y = (tensor.to("meta") for tensor in full_batch(0))
-    chapter4.Objective(model)(x, y).sum().backward()
-    optimizer = chapter4.Muon([p for p in model.layers.parameters() if p.ndim == 2], 0.02, 0.1)
-    optimizer.step()
-    assert {state["average"].device.type for state in optimizer.state.values()} == {"meta"}
 
 
 # ---- The script
@@ -618,12 +571,15 @@ def test_the_script_says_what_it_uses_and_leaves_the_best_for_the_world(main, ca
     for words in ("precision='fp32'", "compile=False", "layers=2", "hidden=128", "vocab_size=320", "steps=8", "lr=0.006",
                   "micro_batch=8", "preset='small'", "bits per byte", "loss 5.7", f"{math.log(320):.2f}"):
         assert words in printed, words
-    saved = chapter4.read_checkpoint(base)
-    assert same(GPT.load(base).state_dict(), saved["model"])
-    assert {path.name for path in base.iterdir()} == {"config.json", "model.safetensors", "generation_config.json", "loss.png",
-                                                      "log.csv", "resume.pt", "tokenizer.json", "tokenizer_config.json"}
-    rows = list(csv.DictReader((base / "log.csv").read_text(encoding="utf-8").splitlines()))
+    assert same(GPT.load(base).state_dict(), read_checkpoint(base)["model"])
+    assert set(files_in(base)) == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+                                   "tokenizer_config.json", "resume.pt", "log.csv", "loss.png"}
+    rows = rows_of(base / "log.csv")
     assert len(rows) == 8 and float(rows[0]["loss"]) == pytest.approx(math.log(320), rel=0.03)
+    main("--test", *HERE)
+    tested = capsys.readouterr().out
+    assert "all of val: loss" in tested and "all of test: loss" in tested and "replaces" not in tested
+    assert "all of test" not in printed                        # one looks once, on request
 
 
 def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, monkeypatch, capsys):
@@ -631,29 +587,27 @@ def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, mon
     whole = GPT.load(main(*flags, "--preset", "small", out=tmp_path / "whole")).state_dict()
     get_batch, calls = chapter2.get_batch, []
     def interrupted(*arguments):
-        calls.append(arguments[1])
+        calls.append(1)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return get_batch(*arguments)
     monkeypatch.setattr(chapter2, "get_batch", interrupted)
     with pytest.raises(SystemExit):
         main(*flags)
-    capsys.readouterr()
     base = main("--resume")                                    # the checkpoint is all that it needs
     assert same(whole, GPT.load(base).state_dict()) and GPT.load(base).config.norm == "layernorm"
     with pytest.raises(CourseError, match="over, after 8 steps"):
         main("--resume")
-    assert "will be replaced" not in capsys.readouterr().out
+    assert "replaces" not in capsys.readouterr().out
     main("--resume", "--steps", 10)                            # a flag that is given wins
-    saved = chapter4.read_checkpoint(base)
+    saved = read_checkpoint(base)
     assert len(saved["log"]) == 10 and saved["config"]["steps"] == 10 and saved["config"]["dropout"] == 0.2
     main(*flags)
     assert capsys.readouterr().out.count("this run replaces one of 10 steps") == 1
 
 
 def test_presets_hold_shape_and_recipe():
-    names = {item.name for item in fields(chapter4.Config)}
-    usual = chapter4.TrainingConfig()
+    names, usual = {item.name for item in fields(chapter4.Config)}, chapter4.TrainingConfig()
     for name, preset in chapter3.PRESETS.items():
         assert preset.keys() <= names and {"steps", "batch_tokens", "micro_batch", "lr", "matrix_lr"} <= preset.keys(), name
     assert all(getattr(usual, name) == value for name, value in chapter3.PRESETS["small"].items())
@@ -661,19 +615,15 @@ def test_presets_hold_shape_and_recipe():
     assert (config.layers, config.width, config.steps, config.vocab_size) == (9, 384, chapter3.PRESETS["gpu"]["steps"], 0)
 
 
-def test_init_starts_from_a_folder_gently_and_may_be_cropped(main, tmp_path, capsys):
+def test_a_model_that_is_there_keeps_its_shape_but_may_be_cropped(main, tmp_path, capsys):
     base = main(*SHAPE, *QUICK)
     new = main(*QUICK, "--init", base, "--steps", 1, "--lr", 0, "--matrix-lr", 0, out=tmp_path / "new")
     assert same(GPT.load(base).state_dict(), GPT.load(new).state_dict())
     capsys.readouterr()
     cropped = main(*QUICK, "--init", base, "--context", 8, out=tmp_path / "cropped")
-    assert GPT.load(cropped).config.context == 8
     printed = capsys.readouterr().out
-    assert "context=8" in printed and f"lr={chapter4.GENTLE['lr']}" in printed and "layers=2" in printed
-
-
-def test_a_model_that_is_there_keeps_its_shape(main):
-    base = main(*SHAPE, *QUICK)
+    assert GPT.load(cropped).config.context == 8 and "context=8" in printed
+    assert f"lr={chapter4.GENTLE['lr']}" in printed and "layers=2" in printed
     for start in (("--resume",), ("--init", base), ("--test",)):
         for flag in (("--layers", 3), ("--preset", "gpu"), ("--norm", "layernorm")):
             with pytest.raises(CourseError, match=f"{flag[0]} is for new models"):
@@ -689,34 +639,24 @@ def test_another_tokenizer_is_refused_with_the_command_that_mends_it(main, tmp_p
         main(*QUICK, "--init", tmp_path / "other")
 
 
-def test_the_test_split_is_looked_at_on_request(main, capsys):
-    main(*SHAPE, *QUICK)
-    assert "all of test" not in capsys.readouterr().out
-    main("--test", "--device", "cpu", "--precision", "fp32")
-    printed = capsys.readouterr().out
-    assert "all of val: loss" in printed and "all of test: loss" in printed and "replaces" not in printed
-
-
 def test_compare_draws_several_runs(main, monkeypatch, tmp_path):
-    base = main(*SHAPE, *QUICK)
-    log = (base / "log.csv").read_text()
+    log = (main(*SHAPE, *QUICK) / "log.csv").read_text()
     (tmp_path / "b" / "base").mkdir(parents=True)
     (tmp_path / "b" / "base" / "log.csv").write_text(log.replace("grad_norm", "another_column"))
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     main("--compare", tmp_path / "out", tmp_path / "b")
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(OSError, match="nowhere"):
-        main("--compare", "nowhere")
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--preset", "huge"), "small, gpu"), (("--optimizer", "sgd"), "muon or adamw"), (("--precision", "fp8"), "fp16"),
+    (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon or adamw"), (("--precision", "fp8"), "fp16"),
     (("--resume",), "resume.pt"), (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
     (("--context", 10**6), "smaller --context"), (("--attention", "flash"), "choose of"), (("--steps", 0), "--steps"),
-    (("--micro-batch", 0), "at least 1"), (("--heads", 3), "multiple of --heads")])
-def test_bad_flags_are_explained_in_one_line(main, flags, words):
+    (("--micro-batch", 0), "at least 1"), (("--width", 33), "multiple of --heads"), (("--compare", "nowhere"), "nowhere")])
+def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, words):
+    monkeypatch.setattr(chapter4, "draw_curves", DRAW)
     with pytest.raises((CourseError, OSError), match=words) as error:          # `run` prints both as one line
-        main("--width", 32, *QUICK, *flags) if flags != ("--resume",) else main(*flags)
+        main(*QUICK, *flags)
     assert "\n" not in str(error.value)
 
 
@@ -736,10 +676,9 @@ def test_fp16_takes_adamw_and_says_so(capsys):
 def test_a_reader_that_leaves_is_no_disk_error(course, tmp_path):
     for part in ("tokenizer", "data"):
         (tmp_path / part).symlink_to(course / part)
-    command = [sys.executable, str(ROOT / "04_train.py"), "--out", str(tmp_path), *map(str, (*SHAPE, *QUICK)),
-               "--steps", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    lines = [process.stdout.readline() for _ in range(3)]
+    command = [sys.executable, ROOT / "04_train.py", "--out", tmp_path, *SHAPE, *QUICK, "--steps", 10**6]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "Machine" in process.stdout.readline()
     process.stdout.close()
-    error = process.stderr.read()
-    assert process.wait(timeout=60) == 0 and error == "" and "Machine" in lines[0], error
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and error == "", error

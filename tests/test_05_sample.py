@@ -1,5 +1,4 @@
 """Chapter 5: filters, the plain sampler and the real one, looking inside, chat, bad input."""
-import inspect
 import io
 import json
 import math
@@ -346,18 +345,15 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
     assert run("--model", path, "--prompt", "def", "--max-tokens", 1).startswith("<|im_start|>def")
 
 
-NEEDS_RUN = pytest.mark.skipif("UnicodeDecodeError" not in inspect.getsource(chapter1.run), reason="run lets it through")
-
-
 @pytest.mark.parametrize("flags, words", [
-    ("--chat --prompt x", "choose one of chat, prompt"), ("--score x --heatmap y", "choose one of"),
+    ("--chat --prompt x", "choose one of these flags: chat, prompt"), ("--score x --heatmap y", "flags: chat, heatmap, score"),
     ("--heatmap-heads 1", "belong to --heatmap"), ("--model {tmp}/nowhere", "nowhere"),
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
     ("--prompt-file {tmp}/none.txt", "none.txt"), ("--prompt-file {tmp}/empty.txt", "empty"),
     ("--heatmap {tmp}/x --heatmap-layers 2", "2 layers"), ("--heatmap {tmp}/x --heatmap-heads 0 4", "4 heads"),
-    pytest.param("--prompt-file {tmp}/latin.txt", "utf-8", marks=NEEDS_RUN),
-    pytest.param("--score {tmp}/latin.txt", "utf-8", marks=NEEDS_RUN),
+    ("--prompt-file {tmp}/latin.txt", "utf-8"),
+    ("--score {tmp}/latin.txt", "utf-8"),
 ])
 def test_bad_input_is_one_line(run, folders, tmp_path, tokenizer, flags, words):
     (tmp_path / "latin.txt").write_bytes("zażółć".encode("iso-8859-2"))

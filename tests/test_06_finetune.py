@@ -1,5 +1,4 @@
 """Chapter 6: one reading for each task, a judge that is right and cannot be hurt, packing and LoRA that change nothing."""
-import ast
 import doctest
 import json
 import math
@@ -19,8 +18,7 @@ chapter1, chapter3, chapter4, chapter5, chapter6 = map(
 CourseError, IGNORED = chapter1.CourseError, chapter4.IGNORED
 SYLLABLES = "ba ke lo mu ni po ra se ti vu wa zo".split()
 MADE_UP = [first + second for first in SYLLABLES for second in SYLLABLES]
-WORDS = [word for word in MADE_UP if not chapter6.is_held_out(word)]
-NEW_WORDS = [word for word in MADE_UP if chapter6.is_held_out(word)]
+WORDS, NEW_WORDS = ([word for word in MADE_UP if chapter6.is_held_out(word) == new] for new in (False, True))
 
 
 def own_task(source, **types):
@@ -38,9 +36,11 @@ def verdicts_of(tasks, answers):
     return chapter6.judge(tasks, answers, [True] * len(tasks))
 
 
-def test_doctests():
+def test_doctests_and_the_interval_by_hand():
     result = doctest.testmod(chapter6)
     assert result.attempted > 0 and result.failed == 0
+    assert chapter6.interval(95, 100) == pytest.approx(1.96 * math.sqrt(97 / 104 * 7 / 104 / 104))
+    assert 0 < chapter6.interval(150, 150) < 0.04 < 0.09 < chapter6.interval(50, 100)
 
 
 # ---- The judge
@@ -53,23 +53,18 @@ def test_verdicts():
         (NUMBER, "no parse", ["return n * 2)", "return n\0", "return '\ud800'", "return " + "(" * 900 + "n", "return " + "-" * 900 + "n"]),
         (LIST, "wrong value", ["return x", "x += [1]; return sorted(x)", "return reversed(sorted(x))", "x[0:0] = x; return x"]),
         (QUESTION, "pass", ["return [not item <= 0 for item in x]"]),
-        (QUESTION, "wrong value", ["return [int(item > 0) for item in x]", "return (item > 0 for item in x)"]),         # 1 is not True
-        (own_task("def f(x):\n    return x[0]", x="list"), "pass", ["return x[0] if x else None"])]          # [] is no case
-    tasks = [task for task, _, bodies in table for _ in bodies]
-    answers = [f"{chapter6.header_of(task)}\n    {body}" for task, _, bodies in table for body in bodies]
-    expected = [verdict for _, verdict, bodies in table for _ in bodies]
-    got = verdicts_of(tasks, answers)
-    assert got == expected, [row for row in zip(answers, got, expected) if row[1] != row[2]]
-    assert chapter6.judge([NUMBER], [NUMBER.source], [False]) == ["no end"] and chapter6.judge([], [], []) == []
-    assert {*expected, "no end", "wrong header", "not allowed"} == set(chapter6.VERDICTS)
-
-
-def test_only_the_function_asked_for_is_read():
+        (QUESTION, "wrong value", ["return [int(item > 0) for item in x]", "return (item > 0 for item in x)"]),        # 1 is not True
+        (own_task("def f(x):\n    return x[0]", x="list"), "pass", ["return x[0] if x else None"])]         # [] is no case
+    rows = [(task, f"{chapter6.header_of(task)}\n    {body}", verdict) for task, verdict, bodies in table for body in bodies]
     headers = ["g(n)", "f(m)", "f()", "f(n, m)", "f(*n)", "f(n=1)", "f(n, /)", "f(n: int)", "f(n: print(1))", "f(n, m=print(1))", "f(n) -> int"]
-    answers = [f"def {header}:\n    return n * 2" for header in headers]
-    answers += [f"async {NUMBER.source}", f"@print\n{NUMBER.source}", f"import os\n{NUMBER.source}", f"{NUMBER.source}\nprint('pass')"]
-    answers += ["def f(n):\n    return g(n)\ndef g(n):\n    return f(n)", "class f:\n    n = 1", "", "return n * 2", "f = 1", "x" * 10**6]
-    assert verdicts_of([NUMBER] * len(answers), answers) == ["wrong header"] * len(answers)
+    others = [f"def {header}:\n    return n * 2" for header in headers] + ["", "return n * 2", "f = 1", "class f:\n    n = 1", "x" * 10**6]
+    others += [f"async {NUMBER.source}", f"@print\n{NUMBER.source}", f"import os\n{NUMBER.source}", f"{NUMBER.source}\nprint('pass')"]
+    rows += [(NUMBER, answer, "wrong header") for answer in [*others, "def f(n):\n    return g(n)\ndef g(n):\n    return f(n)"]]
+    tasks, answers, expected = zip(*rows)
+    got = verdicts_of(tasks, answers)
+    assert got == list(expected), [row for row in zip(answers, got, expected) if row[1] != row[2]]
+    assert chapter6.judge([NUMBER], [NUMBER.source], [False]) == ["no end"] and chapter6.judge([], [], []) == []
+    assert {*expected, "no end", "not allowed"} == set(chapter6.VERDICTS)
 
 
 FORBIDDEN = r"""import os; return os.getpid() | from os import system; return n | return __import__('os') | return n.__class__
@@ -103,90 +98,51 @@ ENDLESS = [
     LOOP.format("[1]", "total", "total += [item]"), "return " + "sum([1 for a in range(9999) if " * 8 + "1" + "])" * 8]
 
 
-def judged(body, limit=1.5):
-    """Return the verdict on the body of an answer, given in time; a busy machine may try twice."""
-    for _ in range(2):
-        start = time.monotonic()
-        verdict, = verdicts_of([NUMBER], [f"def f(n):\n    {body}"])
-        if time.monotonic() - start < limit:
-            return verdict
-    raise AssertionError(f"{time.monotonic() - start:.1f} s for {body[:100]}")
-
-
-def test_hostile_answers_are_contained():
+def test_hostile_answers_are_contained_and_cost_only_themselves():
+    resource = pytest.importorskip("resource")                 # not on Windows
+    bytes_each = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert len(FORBIDDEN) > 70 and len(CONTAINED) > 45
     start = time.monotonic()
     got = verdicts_of([NUMBER] * len(FORBIDDEN), [f"def f(n):\n    {body}" for body in FORBIDDEN])
     assert set(got) == {"not allowed"}, [pair for pair in zip(FORBIDDEN, got) if pair[1] != "not allowed"]
     assert time.monotonic() - start < 1.5                      # for all of them: nothing has run
     for body in CONTAINED:
-        assert judged(body) in ("wrong value", "error", "not allowed", "no parse"), body
-
-
-def test_answers_that_take_all_time_or_memory_cost_only_themselves():
-    resource = pytest.importorskip("resource")                 # not on Windows
-
-    def memory():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        return used if sys.platform == "darwin" else used * 1024
-    before, start = memory(), time.monotonic()
-    answers = []
-    for body in ENDLESS:
-        answers += [f"def f(n):\n    {body}", NUMBER.source]
+        start = time.monotonic()
+        assert verdicts_of([NUMBER], [f"def f(n):\n    {body}"])[0] not in ("pass", "no end", "wrong header"), body
+        assert time.monotonic() - start < 1.5, body
+    start = time.monotonic()
+    answers = [answer for body in ENDLESS for answer in (f"def f(n):\n    {body}", NUMBER.source)]
     got = verdicts_of([NUMBER] * len(answers), answers)
     assert got[1::2] == ["pass"] * len(ENDLESS) and set(got[::2]) <= {"error", "not allowed"}, got
-    assert time.monotonic() - start < 1.5 * len(ENDLESS) and memory() <= max(before, 600 * 2**20)
+    assert time.monotonic() - start < 1.5 * len(ENDLESS)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert used <= before or used * bytes_each < 600 * 2**20
 
 
 # ---- The grammar
-OPERATORS = {ast.Add: [ast.Sub, ast.Mult], ast.Sub: [ast.Add], ast.Mult: [ast.Add, ast.FloorDiv], ast.Mod: [ast.FloorDiv, ast.Mult],
-             ast.Pow: [ast.Mult, ast.Add], ast.Lt: [ast.LtE, ast.Gt], ast.Gt: [ast.GtE, ast.Lt], ast.LtE: [ast.Lt, ast.GtE],
-             ast.GtE: [ast.Gt, ast.LtE], ast.Eq: [ast.NotEq, ast.GtE], ast.In: [ast.NotIn], ast.USub: [ast.UAdd]}
-OTHER = {"max": "min", "min": "max", "sorted": "reversed", "abs": "int", "sum": "max", "upper": "lower", "lower": "upper",
-         "startswith": "endswith", "count": "index"}
+CHANGES = {  # in a reference's body: what else may stand there
+    r"\d+": [lambda found: str(int(found[0]) + 1), lambda found: str(abs(int(found[0]) - 1)), lambda found: found[0] + "9"],
+    r"'(\w)": [r"'e", r"'b\1"], r" \+ ": [" - ", " * "], r" - ": [" + ", " * "], r" \* ": [" + ", " // "], r" % ": [" // ", " * "],
+    r" \*\* ": [" * ", " + "], r" < ": [" <= ", " > "], r" <= ": [" < ", " >= "], r" > ": [" >= ", " < "], r" >= ": [" > ", " <= "],
+    r" == ": [" != ", " >= "], r"(?<!for item) in (?!.*:$)": [" not in "], r"(\(|return |\[)-": [r"\1"], r" \+= ": [" -= ", " = "],
+    r"(\w+) (\+|-|\*|%|\*\*|<|>|<=|>=|==) (\w+)": [r"\3 \2 \1"], r"return (.+) if (.+) else (.+)": [r"return \3 if \2 else \1"],
+    r"\bmax\(": ["min("], r"\bmin\(": ["max("], r"\bsorted\(": ["reversed(", "list("], r"\babs\(": ["("], r"\blen\(": ["max("],
+    r"\bsum\(": ["max("], "upper": ["lower"], "lower": ["upper"], "startswith": ["endswith"], "count": ["index"], "replace": ["index"],
+    r"\[:(.*?)\]": [r"[\1:]"], r"\[(-\w+):\]": [r"[:\1]", r"[\1::2]"], r"\[::-1\]": ["", "[::-2]"], r" if [^\]]+\]": ["]"],
+    r"for item in (.+):": [r"for item in (\1)[1:]:"], r"return (.+)": [r"return [\1]", r"return str(\1)", r"return int(\1)", r"return not \1"]}
 
 
 def near_misses(source):
-    """Yield a function with one operator, constant, name, slice or order of operands changed, in all ways."""
-    def wrapped(node, text):
-        return ast.parse(text.format(ast.unparse(node)), mode="eval").body
-
-    for number, _ in enumerate(ast.walk(ast.parse(source))):
-        for change in range(4):
-            tree = ast.parse(source)
-            node = list(ast.walk(tree))[number]
-            others = OPERATORS.get(type(getattr(node, "op", None) or getattr(node, "ops", [None])[0]), [])
-            match node, change:
-                case ast.Constant(int(value)), 0 | 1 | 2:
-                    node.value = value + (1, -1, 10)[change]
-                case ast.Constant(str(value)), 0 | 1:
-                    node.value = ("e" + value[1:], value + "b")[change]
-                case ast.Compare(), _ if change < len(others):
-                    node.ops = [others[change]()]
-                case ast.BinOp() | ast.AugAssign() | ast.UnaryOp(), _ if change < len(others):
-                    node.op = others[change]()
-                case ast.BinOp(left, _, right), 3:
-                    node.left, node.right = right, left
-                case ast.Compare(left, _, [right]), 3:
-                    node.left, node.comparators = right, [left]
-                case ast.IfExp(_, body, orelse), 0:
-                    node.body, node.orelse = orelse, body
-                case ast.Name(name), 0 if name in OTHER:
-                    node.id = OTHER[name]
-                case ast.Attribute(_, name), 0 if name in OTHER:
-                    node.attr = OTHER[name]
-                case ast.Slice(lower, upper), 0:
-                    node.lower, node.upper = upper, lower
-                case ast.comprehension(), 0:
-                    node.ifs = []
-                case ast.For(_, items), 0:
-                    node.iter = wrapped(items, "({})[1:]")
-                case ast.Return(value), 0 | 1 | 2:
-                    node.value = wrapped(value, ("[{}]", "str({})", "int({})")[change])
-                case _:
-                    continue
-            if ast.unparse(tree) != source:
-                yield ast.unparse(tree)
+    """Return all functions with one operator, constant, name, slice or order of operands changed."""
+    header, _, body = source.partition("\n")
+    changed = {}
+    for pattern, others in CHANGES.items():
+        for found in re.finditer(pattern, body, flags=re.M):
+            for other in others:
+                new = other(found) if callable(other) else found.expand(other)
+                changed[f"{header}\n{body[:found.start()]}{new}{body[found.end():]}"] = True
+    return [answer for answer in changed if answer != source]
 
 
 def result_of(task, source, arguments):
@@ -202,15 +158,14 @@ def result_of(task, source, arguments):
 def is_the_same(task, answer):
     """Tell whether an answer cannot be told from the reference on many inputs of our own."""
     chooser = random.Random(1)
-    numbers = list(range(-30, 31))
-    letters = "aeiouAEIOU bcdzXY"
+    numbers, letters = list(range(-30, 31)), "aeiouAEIOU bcdzXY"
     for _, value in task.constants:
         numbers += [int(value) + step for step in range(-2, 3)] if value.isdigit() else []
         letters += value[1:-1] * 4
     for _ in range(600):
         few, size = chooser.sample(numbers, 6), chooser.choice([0, 1, 2, 3, 5, 9, 20])
-        values = {"number": few[0], "list": chooser.choices(few, k=size), "text": "".join(chooser.choices(letters, k=size))}
-        arguments = [few.pop() if kind == "number" else values[kind] for kind in task.types.values()]
+        values = {"list": chooser.choices(few, k=size), "text": "".join(chooser.choices(letters, k=size))}
+        arguments = [values.get(kind, few.pop()) for kind in task.types.values()]
         expected = result_of(task, task.source, arguments)
         if expected is not None and result_of(task, answer, arguments) != expected:
             return False
@@ -219,9 +174,8 @@ def is_the_same(task, answer):
 
 def undetected(tasks):
     """Return (near misses that pass although they mean another thing, number of near misses)."""
-    pairs = [(task, answer) for task in tasks for answer in dict.fromkeys(near_misses(task.source))]
-    got = verdicts_of(*zip(*pairs))
-    passed = [pair for pair, verdict in zip(pairs, got) if verdict == "pass"]
+    pairs = [(task, answer) for task in tasks for answer in near_misses(task.source)]
+    passed = [pair for pair, verdict in zip(pairs, verdicts_of(*zip(*pairs))) if verdict == "pass"]
     return [(task.source, answer) for task, answer in passed if not is_the_same(task, answer)], len(pairs)
 
 
@@ -242,24 +196,19 @@ def test_every_reference_passes(drawn):
         assert len(cases) - cases.count(None) >= 10, task.source
 
 
-def test_near_misses_of_every_entry_fail(drawn):
-    each = {}
-    for task in drawn:                                         # and of each property, each question in a condition
-        properties = [code for code, _ in task.constants]
+def test_near_misses_fail(drawn):
+    """All of each entry, property, and question in a condition. Of two in one, a few escape: an item more before the largest."""
+    each, nested = {}, [task for task in drawn if len(task.parts) == 2]
+    for task in drawn:
         if len(task.parts) == 1 or task.parts[0].startswith("N if"):
-            each.setdefault((*task.parts, *properties), task)
-    wrong, count = undetected(each.values())
-    assert count > 800 and not wrong, "\n".join(map(str, wrong))
-
-
-def test_nearly_all_near_misses_of_two_in_one_fail(drawn):
-    """A few escape random inputs, such as one item more before the largest of them is taken."""
-    wrong, count = undetected([task for task in drawn if len(task.parts) == 2][:60])
-    assert count > 500 and len(wrong) <= 0.002 * count, "\n".join(map(str, wrong))
+            each.setdefault((*task.parts, *[code for code, _ in task.constants]), task)
+    for tasks, allowed in ((each.values(), 0), (nested[:60], 0.002)):
+        wrong, count = undetected(tasks)
+        assert count > 500 and len(wrong) <= allowed * count, "\n".join(map(str, wrong))
 
 
 def test_one_description_has_one_reading(drawn):
-    """Nobody is told the types: equal words, with other names, must mean equal code."""
+    """Nobody is told the types: equal words, with other names, must mean equal code. No instruction begins with a name."""
     meanings = {}
     for task in drawn:
         words = re.findall(r"'[a-z]'|\w+", task.description)
@@ -269,6 +218,9 @@ def test_one_description_has_one_reading(drawn):
         said, meant = [re.sub(r"'[a-z]'|\w+", lambda found: new.get(found[0], found[0]), text)
                        for text in (task.description, task.source.partition("\n")[2])]
         assert meanings.setdefault(said, meant) == meant, (task, meanings[said])
+        assert not re.search(r"[{}|]|  |HEADER|NAME|PARAMETERS|ANSWER|WORD", task.instruction), task.instruction
+        assert task.instruction.split()[0].strip(",.:;") not in {task.name, *task.types}, task.instruction
+        assert task.source.startswith(chapter6.header_of(task) + "\n") and chapter6.conversation_of(task)[1]["content"] == task.source
     assert len(meanings) > 2000
 
 
@@ -286,44 +238,26 @@ def is_phrased(task, phrasings):
 
 def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
     sets = chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000)
+    assert sets == chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000) and drawn[:20] == chapter6.draw_tasks(WORDS, 20, 5)    # of the seed alone
     assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
     names_learnt = {name for task in drawn for name in (task.name, *task.types)}
     constants_learnt = {constant for task in drawn for constant in task.constants}
     pairs_learnt = {tuple(task.parts) for task in drawn}
     seen_alone = {value for _, value in constants_learnt} | {part for pair in pairs_learnt for part in pair}
     assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:300])
-    for label, tasks in sets.items():
-        assert len(tasks) == 150
-        for task in tasks:
-            names = {task.name, *[name for name in task.types if len(name) > 1]}           # besides, x and y may come again
-            assert names <= set(NEW_WORDS) - names_learnt if label == "new names" else names <= set(WORDS)
-            new = {constant for constant in task.constants if chapter6.is_held_out(*constant)}
-            assert bool(new) == (label == "new constants") and not new & constants_learnt, task
-            for _, value in new:
-                assert re.search(rf"(?<!\w){value}(?!\w)", task.description), f"it cannot be seen in {task}"
-            is_new = len(task.parts) == 2 and tuple(task.parts) not in pairs_learnt and chapter6.is_held_out(*task.parts)
-            assert is_new == (label == "new combinations")
-            assert {value for _, value in task.constants} | set(task.parts) <= seen_alone  # what is new is that they meet
-            assert is_phrased(task, chapter6.NEW_PHRASINGS) == (label == "new phrasings")
-            assert is_phrased(task, chapter6.PHRASINGS) == (label != "new phrasings"), task
-
-
-def test_draws_are_a_function_of_the_seed():
-    for make in (lambda seed: chapter6.draw_tasks(WORDS, 40, seed), lambda seed: chapter6.held_out_tasks(WORDS, NEW_WORDS, 10, seed)):
-        random.seed(0)
-        first = make(7)
-        random.seed(1)
-        assert make(7) == first != make(8)
-    assert chapter6.draw_arguments(NUMBER) == chapter6.draw_arguments(NUMBER)
-
-
-def test_instructions_are_clean_and_begin_with_no_name(drawn):
-    for line in (chapter6.PHRASINGS + chapter6.NEW_PHRASINGS).strip().splitlines():
-        assert not re.match(r"[{|\s]*(HEADER|NAME|PARAMETERS|ANSWER)", line), line
-    for task in drawn:
-        assert not re.search(r"[{}|]|  |HEADER|NAME|PARAMETERS|ANSWER|WORD", task.instruction), task.instruction
-        assert task.instruction.split()[0].strip(",.:;") not in {task.name, *task.types}, task.instruction
-        assert task.source.startswith(chapter6.header_of(task) + "\n") and chapter6.conversation_of(task)[1]["content"] == task.source
+    for label, task in [(label, task) for label, tasks in sets.items() for task in tasks]:
+        names = {task.name, *[name for name in task.types if len(name) > 1]}               # besides, x and y may come again
+        assert names <= (set(NEW_WORDS) - names_learnt if label == "new names" else set(WORDS))
+        new = {constant for constant in task.constants if chapter6.is_held_out(*constant)}
+        assert bool(new) == (label == "new constants") and not new & constants_learnt, task
+        for _, value in task.constants:
+            assert re.search(rf"(?<!\w){value}(?!\w)", task.description), f"{value} cannot be seen in {task}"
+        is_new = len(task.parts) == 2 and tuple(task.parts) not in pairs_learnt and chapter6.is_held_out(*task.parts)
+        assert is_new == (label == "new combinations")
+        assert {value for _, value in task.constants} | set(task.parts) <= seen_alone      # what is new is that they meet
+        assert is_phrased(task, chapter6.NEW_PHRASINGS) == (label == "new phrasings")
+        assert is_phrased(task, chapter6.PHRASINGS) == (label != "new phrasings"), task
+    assert {label: len(tasks) for label, tasks in sets.items()} == dict.fromkeys(sets, 150)
 
 
 def test_names_are_words_of_the_train_modules_whose_tokens_are_learnt(monkeypatch):
@@ -331,7 +265,7 @@ def test_names_are_words_of_the_train_modules_whose_tokens_are_learnt(monkeypatc
     monkeypatch.setattr(chapter1, "read_source", lambda source: [f"{number} return {words}" for number in range(60)] + ["rare"])
     tokenizer = chapter1.train_bpe([f" {words}"] * 3, 400)
     learnt, new = chapter6.split_words(tokenizer)
-    assert learnt and new and {*learnt} <= {*WORDS} and {*new} <= {*NEW_WORDS}
+    assert learnt and new and {*learnt} <= {*WORDS} and {*new} <= {*NEW_WORDS}             # so no word that the grammar uses
     known = {i for word in learnt for i in tokenizer.encode(f" {word}({word}")}
     assert all(known.issuperset(tokenizer.encode(f" {word}({word}")) for word in new)
 
@@ -355,7 +289,7 @@ def examples(tokenizer, count):
     return [chapter5.encode_chat(tokenizer, say("x" * (1 + 5 * number % 9), f"{number} answers")) for number in range(count)]
 
 
-def test_exact_labels_of_a_small_conversation(tokenizer, capsys):
+def test_exact_labels_of_a_small_conversation(tokenizer):
     ids, learnt = chapter5.encode_chat(tokenizer, [{"role": "system", "content": "s"}, *say("a", "b", "c", "d")])
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     columns = chapter6.columns_of(ids, learnt, 3)
@@ -365,8 +299,6 @@ def test_exact_labels_of_a_small_conversation(tokenizer, capsys):
     assert all(target in (IGNORED, ids[position + 1]) for position, target in enumerate(y))
     x, y, documents = chapter6.fill_up([columns], len(columns) + 2, 7)[0].tolist()
     assert x[-2:] == [7, 7] and y[-2:] == [IGNORED] * 2 and documents[-3:] == [3, -1, -1]
-    chapter6.show_mask(tokenizer, ids, learnt)
-    assert f"[d][{chapter1.CHAT_END}]\n" in capsys.readouterr().out
 
 
 def test_packing_keeps_every_conversation_whole(tokenizer):
@@ -379,14 +311,18 @@ def test_packing_keeps_every_conversation_whole(tokenizer):
             found.append([(x[i], y[i], 0) for i in positions])
     assert sorted(found) == sorted(chapter6.columns_of(*example) for example in given)     # each once, none cut
     assert sequences.shape[1:] == (3, 100) and len(sequences) <= len(given) / 2
+    forwards, jumping = (chapter6.packed_batches(given, 2, 100, 0, 5) for _ in range(2))
+    seen = [forwards(step) for step in range(12)]              # a batch is a function of its step
+    for step in (11, 3, 0):
+        assert all(torch.equal(a, b) and a.shape == (2, 100) for a, b in zip(jumping(step), seen[step], strict=True))
+    assert chapter6.packed_batches(given[:1], 4, 100, 0, 5)(3)[0].unique(dim=0).shape == (1, 100)      # as often as needed
 
 
 def test_packed_equals_one_conversation_a_sequence(tokenizer):
     """The sum of losses and its gradients, to the rounding of float32; without targets, 0 and no nan."""
-    given = examples(tokenizer, 9)
+    given, results = examples(tokenizer, 9), []
     packed = chapter6.pack(given, 100, 7, 0)
     alone = chapter6.fill_up([chapter6.columns_of(*example) for example in given], 100, 7)
-    results = []
     for sequences in (packed, alone, chapter6.fill_up([chapter6.columns_of([1, 2, 3], [False] * 3)], 100, 7)):
         model = tiny_model(tokenizer.vocab_size)
         loss = chapter4.Objective(model)(*sequences.unbind(1)).sum()
@@ -396,15 +332,6 @@ def test_packed_equals_one_conversation_a_sequence(tokenizer):
     assert len(packed) < len(alone) and loss == pytest.approx(other_loss, rel=1e-5) and nothing == 0
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, other_gradients[name], rtol=1e-3, atol=1e-4) and not zeros[name].any(), name
-
-
-def test_batches_are_a_function_of_the_step(tokenizer):
-    given = examples(tokenizer, 30)
-    forwards, jumping = (chapter6.packed_batches(given, 2, 100, 0, 5) for _ in range(2))
-    seen = [forwards(step) for step in range(12)]
-    for step in (11, 3, 0):
-        assert all(torch.equal(a, b) and a.shape == (2, 100) for a, b in zip(jumping(step), seen[step], strict=True))
-    assert chapter6.packed_batches(given[:1], 4, 100, 0, 5)(3)[0].unique(dim=0).shape == (1, 100)      # as often as needed
 
 
 # ---- LoRA and new tokens
@@ -462,8 +389,7 @@ def answer_of(folder, question):
     """Return a greedy answer up to its end mark, as chapter 5 asks for it; None where it does not end."""
     model, tokenizer, ends = chapter5.open_model(folder, "cpu")
     prompt, written = chapter5.render_chat(tokenizer, say(question)), []
-    settings = chapter5.Config(max_tokens=40, temperature=0)
-    for (token,), _ in chapter5.generate(model, [prompt], settings, tokenizer.vocab_size):
+    for (token,), _ in chapter5.generate(model, [prompt], chapter5.Config(max_tokens=40, temperature=0), tokenizer.vocab_size):
         if token in ends:
             return tokenizer.decode(written)
         written.append(token)
@@ -511,10 +437,10 @@ def test_tuning_stopped_and_resumed_equals_an_unbroken_one(rank, tune, tmp_path,
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(chapter6, "judge_examples", stop)
         tune(*flags)
-    assert checkpoint()["step"] < 8
+    assert len(checkpoint()["log"]) < 8
     tune("--resume")
     parts = checkpoint()
-    assert parts["step"] == 8 and all(torch.equal(whole[name], value) for name, value in parts["model"].items())
+    assert len(parts["log"]) == 8 and all(torch.equal(whole[name], value) for name, value in parts["model"].items())
     tuned = chapter3.GPT.load(tmp_path / "chat").state_dict()
     changed = {name for name, value in tiny_model().state_dict().items() if not torch.equal(value, tuned[name])}
     assert changed and (rank == 0 or all("_proj" in name for name in changed))
@@ -524,17 +450,25 @@ def test_show_mask_stops_and_a_run_prints_its_table(tune, tmp_path):
     assert re.search(r"\[<\|im_end\|>\]\s+\d+ of \d+ tokens are learnt", tune("--show-mask", "--examples", 5))
     assert not (tmp_path / "chat").exists()
     printed = tune("--examples", 60, "--tasks", 3, "--steps", 2, "--eval-every", 2)
-    for label in ("new names", "new constants", "new combinations", "new phrasings", "all", "--chat", *chapter6.VERDICTS):
-        assert label in printed
+    assert all(label in printed for label in (*chapter6.held_out_tasks(WORDS, NEW_WORDS, 0, 0), "all", "--chat", *chapter6.VERDICTS))
 
 
 # ---- Conversations of one's own
-def test_both_forms_are_read(tmp_path):
+def test_own_conversations_are_read_parted_and_left_out_where_too_long(tmp_path, tokenizer, capsys):
     rows = [*PAIRS, {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
     read = chapter6.read_conversations(write_lines(tmp_path / "mine.jsonl", rows))
     assert [messages[-1]["content"] for messages in read] == ["A small model.", "La \u2028 la.", "See you.", "a", "ä"]
     assert [message["role"] for message in read[2]] == ["system", "user", "assistant"]
     assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
+    rows = [{"messages": say(f"q{number}", f"answer {number}")} for number in range(41)]
+    config = chapter6.Config(conversations=write_lines(tmp_path / "mine.jsonl", rows))
+    learnt, held_out = map(list, chapter6.open_conversations(config))
+    assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(str(row["messages"]) for row in rows)
+    assert "too few" not in capsys.readouterr().out
+    both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])
+    assert len(chapter6.encode_fitting(both, tokenizer, length - 1)) == 1 and "left out" in capsys.readouterr().out
+    with pytest.raises(CourseError):
+        chapter6.encode_fitting(both, tokenizer, length - 2)
 
 
 @pytest.mark.parametrize("bad", [
@@ -548,32 +482,19 @@ def test_a_bad_line_is_named(bad, tmp_path):
         chapter6.read_conversations(tmp_path / "bad.jsonl")
 
 
-def test_files_without_conversations_are_errors(tmp_path, tune):
-    (tmp_path / "empty").write_text("", encoding="utf-8")
-    (tmp_path / "latin").write_bytes(json.dumps(PAIRS[0]).encode() + b"\xff\n")
-    for name in ("empty", "latin", "missing"):
-        with pytest.raises((CourseError, OSError), match=name):
-            tune("--conversations", tmp_path / name, "--steps", 1)
-
-
-def test_many_are_parted_and_long_ones_left_out(tmp_path, tokenizer, capsys):
-    rows = [{"messages": say(f"q{number}", f"answer {number}")} for number in range(41)]
-    config = chapter6.Config(conversations=write_lines(tmp_path / "mine.jsonl", rows))
-    learnt, held_out = map(list, chapter6.open_conversations(config))
-    assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(str(row["messages"]) for row in rows)
-    assert "too few" not in capsys.readouterr().out
-    both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])
-    assert len(chapter6.encode_fitting(both, tokenizer, length - 1)) == 1 and "left out" in capsys.readouterr().out
-    with pytest.raises(CourseError):
-        chapter6.encode_fitting(both, tokenizer, length - 2)
+@pytest.mark.parametrize("content", [b"", json.dumps(PAIRS[0]).encode() + b"\xff\n", None])
+def test_a_file_without_conversations_is_one_clear_error(content, tmp_path, tune):
+    if content is not None:
+        (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises((CourseError, OSError), match="mine.jsonl"):
+        tune("--conversations", tmp_path / "mine.jsonl", "--steps", 1)
 
 
 # ---- Counting
 def test_answers_are_cut_at_their_end_and_kept_apart(tokenizer, monkeypatch):
-    tasks = chapter6.draw_tasks(WORDS, 12, 9)
+    tasks, script = chapter6.draw_tasks(WORDS, 12, 9), {}
     end = tokenizer.special_tokens[chapter1.CHAT_END]
-    script = {}                                                # the first never ends; after their end, the others babble
-    for task in tasks:
+    for task in tasks:                                         # the first never ends; after their end, the others babble
         prompt = chapter5.render_chat(tokenizer, chapter6.conversation_of(task)[:1])
         script[tuple(prompt)] = tokenizer.encode(task.source) + [end] * (task != tasks[0]) + [65] * 200
 
@@ -584,8 +505,3 @@ def test_answers_are_cut_at_their_end_and_kept_apart(tokenizer, monkeypatch):
     monkeypatch.setattr(chapter5, "generate", generate)
     answers, verdicts = chapter6.answer_tasks(None, tokenizer, tasks, {end})
     assert verdicts == ["no end"] + ["pass"] * 11 and list(answers[1:]) == [task.source for task in tasks[1:]]
-
-
-def test_interval_by_hand():
-    assert chapter6.interval(95, 100) == pytest.approx(1.96 * math.sqrt(97 / 104 * 7 / 104 / 104))
-    assert 0 < chapter6.interval(150, 150) < 0.04 < 0.09 < chapter6.interval(50, 100)
