@@ -125,7 +125,7 @@ def choose_attention(kind, S, device):
 def rope_angles(config, positions):
     """Return cos and sin, each (T, D), of the angles at each position (T)."""
     pairs = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
-    speeds = config.rope_theta ** -pairs                           # (D/2), from 1 to 1 / theta
+    speeds = config.rope_theta ** -pairs                       # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
     angles = angles.repeat(1, 2)                                   # (T, D)
     return angles.cos(), angles.sin()
@@ -144,7 +144,7 @@ def rotate(x, cos, sin):
 # nn.Linear(a, b) is the product x @ W.T + bias with a matrix W (b, a) that is learnt;
 # nn.Embedding(V, C) is a table (V, C): indexed by an id, it gives that row of C numbers.
 class RMSNorm(nn.Module):
-    """Scale x (..., width) to unit root mean square, then by learned weights."""
+    """Scale x (..., width), however large it grew, to unit root mean square, and by weights."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -157,7 +157,7 @@ class RMSNorm(nn.Module):
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
-MLPS = {  # name: (what bends the numbers, whether it is a gate for others)
+MLPS = {  # name: (activation function, which bends numbers; whether it is a gate for others)
     "swiglu": (F.silu, True),                    # x sigmoid(x)
     "gelu": (nn.GELU("tanh"), False),            # x times the share of normal numbers below x
 }
@@ -183,7 +183,7 @@ class GPTConfig:
     qk_norm: bool = True  # normalise queries and keys, so that no score grows too large
     tied: bool = True  # use the embedding matrix as lm_head as well
     dropout: float = 0.0  # share of activations set to zero in training, against overfitting
-    rope_theta: float = 10000.0  # 1 / speed of RoPE's slowest pair; more for a longer context
+    rope_theta: float = 10000.0  # about 1 / speed of RoPE's slowest pair; more for longer contexts
     norm_eps: float = 1e-6  # keeps the norms from dividing by zero
     attention: str = "auto"  # how to compute it: formula, blocks, fused, or auto: the fastest
 
@@ -242,7 +242,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, bend (or up and down were one matrix), down. A gate says how much gets through."""
+    """Up, bend (else up and down were one matrix), down. A gate says how much gets through."""
 
     def __init__(self, config):
         super().__init__()
@@ -371,8 +371,8 @@ def show_causality(config):
     print(f"first loss {loss:.2f} (2 layers); a guess among {V} tokens: {math.log(V):.2f}")
     ids[:, half:] = 0                                              # another second half
     first, second = (model(ids) - logits).abs().split(half, dim=1)
-    print(f"another second half changes logits by {first.max():.0e} in the first half, "
-          f"{second.max():.0e} in the second")
+    print(f"another second half changes its logits by {second.max():.0e}, "
+          f"those before by {first.max():.0e}")
 
 
 def draw_rope(config, path):
@@ -480,9 +480,9 @@ def write_config(config, family):
         return {"model_type": "course", "course": asdict(config)}
     architecture, settings, _ = FAMILIES[family]
     data = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
+    # transformers 4 reads rope_theta itself, transformers 5 looks into rope_parameters.
     data.update(model_type=family, architectures=[architecture], bos_token_id=None,
                 eos_token_id=None,
-                # transformers 5 reads only this, 4 only the rope_theta outside
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
     return data
 
@@ -494,16 +494,14 @@ def read_config(data):
         return GPTConfig(**data["course"])
     if family not in FAMILIES:
         raise CourseError(f"a model of type {family} is not supported")
-    _, settings, values = FAMILIES[family]
-    values = {"heads": 0, **values}              # none: the weights do not tell how many
+    _, settings, parts = FAMILIES[family]
     data.update(data.get("rope_parameters") or {})
     for name, value in EXPECTED.items():
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
-    for ours, theirs in settings.items():
-        if data.get(theirs) is not None:
-            values[ours] = data[theirs]
-    return GPTConfig(**values)
+    found = {ours: data[theirs] for ours, theirs in settings.items()
+             if data.get(theirs) is not None}
+    return GPTConfig(**{"heads": 0, **parts, **found})         # if it does not say, 0 is refused
 
 
 def family_of(config):
@@ -519,10 +517,10 @@ def family_tensors(model, family):
     tensors = {}
     for name, parameter in model.named_parameters():
         view = parameter.detach()
-        if family == "gpt2":                                   # q, k and v are joined there,
+        if family == "gpt2":                     # its q, k and v are joined, its matrices (in, out)
             name = ".".join([GPT2_NAMES.get(part, part) for part in name.split(".")])
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                view = view.T                                  # and matrices are (in, out)
+                view = view.T
         tensors.setdefault(name, []).append(view)
     return tensors
 
@@ -553,7 +551,7 @@ def save_model(model, folder):
 def read_safetensors(path):
     """Return {name, less the prefix of its family, which some files lack: tensor}."""
     tensors = {}
-    data = np.memmap(path, mode="r")          # its bytes; they are mapped, not read
+    data = np.memmap(path, mode="r")                          # its bytes: mapped, not read
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
@@ -590,7 +588,7 @@ def load_model(folder, context=0):
     except LookupError as error:
         raise CourseError(f"{folder} has no {error}")
     except Exception as error:                                 # whatever a damaged file leads to
-        raise CourseError(f"{folder}: {str(error).splitlines()[0]}")
+        raise CourseError(f"{folder}: {error}".splitlines()[0])
     found.pop("lm_head.weight", None)                          # it is the embedding, where tied
     if found:
         raise CourseError(f"{folder} has tensors that are not expected, like {min(found)}")

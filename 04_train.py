@@ -235,7 +235,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             #    micro-batch with few targets the weight of a full one.
             whole = batch(step)                                    # x, y, documents: (R, T) each
             targets = max(1, int((whole[1] != IGNORED).sum()))
-            losses = torch.zeros(len(Objective.COLUMNS), device=machine.device)
+            losses = 0.0
             for micro_batch in machine.split(whole, config.micro_batch):
                 with machine.autocast():
                     terms = objective(*micro_batch) / targets
@@ -272,6 +272,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                 run.take_stock(judge, keep)
             if stop > 0:
                 break
+        if machine.world > 1:
+            distributed.barrier()                                  # nobody leaves before rank 0
     return run.log
 
 

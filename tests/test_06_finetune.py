@@ -46,13 +46,12 @@ def test_doctests_and_the_interval_by_hand():
 # ---- The judge
 def test_verdicts():
     table = [
-        (NUMBER, "pass", ["return n + n", "twice = n; twice += n; return twice", "return sum([n, n])  # as well", "return n * 2;"]),
-        (NUMBER, "pass", ["if n > 0:\n        return n + n\n    return 2 * n", "len = sum; return len([n, n])"]),
+        (NUMBER, "pass", ["return n + n", "twice = n; twice += n; return twice", "return sum([n, n])  # as well", "len = sum; return len([n, n])"]),
+        (NUMBER, "pass", ["if n > 0:\n        return n + n\n    return 2 * n"]),
         (NUMBER, "wrong value", ["return n * 2.0", "return n ** 2", "return [n * 2]", "return", "return 'pass'"]),     # 2.0 is not 2
         (NUMBER, "error", ["return m * 2", "return n[0]", "return n / 0"]),
         (NUMBER, "no parse", ["return n * 2)", "return n\0", "return '\ud800'", "return " + "(" * 900 + "n", "return " + "-" * 900 + "n"]),
         (LIST, "wrong value", ["return x", "x += [1]; return sorted(x)", "return reversed(sorted(x))", "x[0:0] = x; return x"]),
-        (QUESTION, "pass", ["return [not item <= 0 for item in x]"]),
         (QUESTION, "wrong value", ["return [int(item > 0) for item in x]", "return (item > 0 for item in x)"]),        # 1 is not True
         (own_task("def f(x):\n    return x[0]", x="list"), "pass", ["return x[0] if x else None"])]         # [] is no case
     rows = [(task, f"{chapter6.header_of(task)}\n    {body}", verdict) for task, verdict, bodies in table for body in bodies]
@@ -67,29 +66,23 @@ def test_verdicts():
     assert {*expected, "no end", "not allowed"} == set(chapter6.VERDICTS)
 
 
-FORBIDDEN = r"""import os; return os.getpid() | from os import system; return n | return __import__('os') | return n.__class__
-    return ().__class__.__mro__[1] | return f.__globals__ | return f.__code__.co_consts | return getattr(n, '__class__') | return iter(int, 1)
-    return setattr(f, 'a', 1) | return vars() | return globals() | return locals() | return eval('n') | exec('n = 1'); return n | return {n: n}
-    return compile('1', '', 'eval') | return open('/etc/passwd').read() | print('pass'); return n * 2 | return input() | return exit() | return {n}
-    return breakpoint() | return type(n) | return object() | return chr(n) | global m; m = n; return n * 2 | return (lambda: n)() | return (n, n)
-    g = lambda: n; return g() | raise SystemExit | assert n; return n * 2 | del n; return 1 | yield n | yield from f(n) | return (n := 5) | return [*n]
-    return f'{n}' | return f'{n.__class__}' | return '{0.__class__}'.format(n) | return '%999999999d' % n | return '\x25999999999d' % n | return ().count
-    return str(n).zfill(10 ** 9) | return str(n).center(9999) | return str(n).encode() | return 'x' * 10000000000 | return 'x' * 10 ** 10 | return n @ n
-    return 10 ** 10 ** 10 | return 1 << 9999 | return min(*[n]) | return n is n | return n * 2 or exit() | return str(9 ** 99999) | nonlocal n; return n
-    while True: n += 1 | with n: return n | class A: n = 1 | def g(): return n * 2 | async def g(): return n | for n in iter(int, 1): n += 1"""
-FORBIDDEN = re.split(r"\s+\|\s+|\n\s+", FORBIDDEN) + [
-    "try:\n        return n * 2\n    except:\n        return 1", "try:\n        return n / 0\n    finally:\n        return n * 2",
-    "def g():\n        return n * 2\n    return g()", "@f\n    def g(m=f(n)):\n        return m\n    return g()", "match n:\n        case _: return n",
-    f"return '{'a' * 900}'", "return " + "9" * 900, "return n * 2\n" + " " * 10**6, "return n * 2\n    #" + "x" * 10**6]
-CONTAINED = r"""return 1j * n | return ... | return None | return b'a' * n | return 1e308 * 1e308 | return range(n) | return sorted | return str.lower
-    return 'a'.join | return 'pass\npass' | return '\ud800' | return (a for a in range(9)) | return n[0][0][0] | return None.count | str.lower = n; return n
-    return __builtins__ | return __builtins__['len'] | __builtins__['repr'] = len; return n | f.count = f; return n | sum = n; return sum(n)
-    return f(n) | return f(n - 1) + f(n - 2) | g = f; return g(n) | return [f][0](n) | return sorted([n], key=f)[0] | int = f; return int(n) | return n ** True
-    return 9 ** n | n **= 9999; return n | return n ** n ** n | return sum(**n) | return max(max(max(n))) | __debug__ = n; return n | None = n
-    return [0] * 10 ** 9 | return [0] * 9999 * 9999 * 9999 | return list(range(99999999)) | return ('x' * 9999).join(['y'] * 99999999)
-    return ('x' * 9999999).replace('x', 'y' * 999999) | return int('9' * 99999) | return len('x' * 9999 * 9999 * 9999)"""
 LOOP = "total = {}\n    for item in {}:\n        {}\n    return total"
-CONTAINED = re.split(r"\s+\|\s+|\n\s+", CONTAINED) + [
+FORBIDDEN = re.split(r"\s+\|\s+|\n\s+", r"""import os; return os.getpid() | from os import system; return n | return __import__('os') | return n.__class__
+    return ().__class__.__mro__[1] | return f.__globals__ | return f.__code__.co_consts | return getattr(n, 'real') | return setattr(f, 'a', 1)
+    return vars() | return globals() | return eval('n') | exec('n = 1'); return n | return open('/etc/passwd').read() | print('pass'); return n * 2
+    return exit() | return type(n) | global m; m = n; return n * 2 | nonlocal n; return n | return (lambda: n)() | return (n, n) | g = lambda: n; return g()
+    raise SystemExit | assert n; return n * 2 | del n; return 1 | yield n | yield from f(n) | return (n := 5) | return [*n] | return min(*[n])
+    return f'{n.__class__}' | return '{0.__class__}'.format(n) | return '%999999999d' % n | return '\x25999999999d' % n | return str(n).center(9999)
+    return 'x' * 10000000000 | return 'x' * 10 ** 10 | return 10 ** 10 ** 10 | return 1 << 9999 | return n * 2 or exit() | return {n: n} | return iter(int, 1)
+    while True: n += 1 | with n: return n | class A: n = 1 | def g(): return n * 2 | async def g(): return n""") + [
+    "try:\n        return n * 2\n    except:\n        return 1", "def g():\n        return n * 2\n    return g()", f"return '{'a' * 900}'",
+    "@f\n    def g(m=f(n)):\n        return m\n    return g()", "return " + "9" * 900, "return n * 2\n    #" + "x" * 10**6]
+CONTAINED = re.split(r"\s+\|\s+|\n\s+", r"""return 1j * n | return ... | return b'a' * n | return 1e308 * 1e308 | return range(n) | return sorted | return 'a'.join
+    return 'pass\npass' | return '\ud800' | return (a for a in range(9)) | return None.count | str.lower = n; return n | f.count = f; return n
+    return __builtins__ | return __builtins__['len'] | __builtins__['repr'] = len; return n | sum = n; return sum(n) | return f(n - 1) + f(n - 2)
+    g = f; return g(n) | return [f][0](n) | return sorted([n], key=f)[0] | int = f; return int(n) | return n ** True | return 9 ** n | n **= 9999; return n
+    return sum(**n) | __debug__ = n; return n | return [0] * 10 ** 9 | return [0] * 9999 * 9999 * 9999 | return list(range(99999999))
+    return ('x' * 9999).join(['y'] * 99999999) | return ('x' * 9999999).replace('x', 'y' * 999999) | return int('9' * 99999)""") + [
     LOOP.format("'x'", "range(99)", "total += total"), LOOP.format("[n]", "range(99999)", "total = [total]"), "return " + "n + " * 250_000 + "n",
     LOOP.format("[n]", "range(9999)", "total = (a for a in total)"), f"return {'[' * 90}n{']' * 90}", "return " + "f if n else " * 90 + "n"]
 ENDLESS = [
@@ -100,24 +93,20 @@ ENDLESS = [
 
 def test_hostile_answers_are_contained_and_cost_only_themselves():
     resource = pytest.importorskip("resource")                 # not on Windows
-    bytes_each = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert len(FORBIDDEN) > 70 and len(CONTAINED) > 45
-    start = time.monotonic()
-    got = verdicts_of([NUMBER] * len(FORBIDDEN), [f"def f(n):\n    {body}" for body in FORBIDDEN])
-    assert set(got) == {"not allowed"}, [pair for pair in zip(FORBIDDEN, got) if pair[1] != "not allowed"]
-    assert time.monotonic() - start < 1.5                      # for all of them: nothing has run
-    for body in CONTAINED:
+    assert len(FORBIDDEN) > 50 and len(CONTAINED) > 35
+    for bodies in (FORBIDDEN, *[[body] for body in CONTAINED]):    # of the forbidden ones, nothing is run
         start = time.monotonic()
-        assert verdicts_of([NUMBER], [f"def f(n):\n    {body}"])[0] not in ("pass", "no end", "wrong header"), body
-        assert time.monotonic() - start < 1.5, body
+        got = verdicts_of([NUMBER] * len(bodies), [f"def f(n):\n    {body}" for body in bodies])
+        assert not {"pass", "no end", "wrong header"} & set(got) and (bodies is not FORBIDDEN or set(got) == {"not allowed"}), [*zip(bodies, got)]
+        assert time.monotonic() - start < 1.5, bodies
     start = time.monotonic()
     answers = [answer for body in ENDLESS for answer in (f"def f(n):\n    {body}", NUMBER.source)]
     got = verdicts_of([NUMBER] * len(answers), answers)
     assert got[1::2] == ["pass"] * len(ENDLESS) and set(got[::2]) <= {"error", "not allowed"}, got
     assert time.monotonic() - start < 1.5 * len(ENDLESS)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert used <= before or used * bytes_each < 600 * 2**20
+    assert used <= before or used * (1 if sys.platform == "darwin" else 1024) < 600 * 2**20
 
 
 # ---- The grammar
@@ -145,19 +134,21 @@ def near_misses(source):
     return [answer for answer in changed if answer != source]
 
 
-def result_of(task, source, arguments):
-    """Return what a function returns, as text; None where it raises."""
-    space = {}
+def results_of(task, source, cases):
+    """Return what a function returns for lists of arguments, as text; None where it raises."""
+    space, results = {}, []
     exec(source, space)
-    try:
-        return repr(space[task.name](*arguments))
-    except Exception:
-        return None
+    for arguments in cases:
+        try:
+            results.append(repr(space[task.name](*arguments)))
+        except Exception:
+            results.append(None)
+    return results
 
 
 def is_the_same(task, answer):
-    """Tell whether an answer cannot be told from the reference on many inputs of our own."""
-    chooser = random.Random(1)
+    """Tell whether an answer cannot be told from the reference on 600 inputs of our own."""
+    chooser, cases = random.Random(1), []
     numbers, letters = list(range(-30, 31)), "aeiouAEIOU bcdzXY"
     for _, value in task.constants:
         numbers += [int(value) + step for step in range(-2, 3)] if value.isdigit() else []
@@ -165,11 +156,9 @@ def is_the_same(task, answer):
     for _ in range(600):
         few, size = chooser.sample(numbers, 6), chooser.choice([0, 1, 2, 3, 5, 9, 20])
         values = {"list": chooser.choices(few, k=size), "text": "".join(chooser.choices(letters, k=size))}
-        arguments = [values.get(kind, few.pop()) for kind in task.types.values()]
-        expected = result_of(task, task.source, arguments)
-        if expected is not None and result_of(task, answer, arguments) != expected:
-            return False
-    return True
+        cases.append([values.get(kind, few.pop()) for kind in task.types.values()])
+    pairs = zip(results_of(task, task.source, cases), results_of(task, answer, cases))
+    return all(expected in (None, got) for expected, got in pairs)
 
 
 def undetected(tasks):
@@ -192,8 +181,8 @@ def test_every_reference_passes(drawn):
     assert set(verdicts_of(some, [task.source for task in some])) == {"pass"}
     assert time.monotonic() - start < len(some) / 60           # 600 in ten seconds on a busy machine
     for task in some[::3]:
-        cases = [result_of(task, task.source, arguments) for arguments in chapter6.draw_arguments(task)]
-        assert len(cases) - cases.count(None) >= 10, task.source
+        results = results_of(task, task.source, chapter6.draw_arguments(task))
+        assert len(results) - results.count(None) >= 10, task.source
 
 
 def test_near_misses_fail(drawn):
@@ -238,13 +227,13 @@ def is_phrased(task, phrasings):
 
 def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
     sets = chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000)
-    assert sets == chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000) and drawn[:20] == chapter6.draw_tasks(WORDS, 20, 5)    # of the seed alone
+    assert sets["new names"][:20] == chapter6.held_out_tasks(WORDS, NEW_WORDS, 20, 1000)["new names"]      # by the seed alone
     assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
     names_learnt = {name for task in drawn for name in (task.name, *task.types)}
     constants_learnt = {constant for task in drawn for constant in task.constants}
     pairs_learnt = {tuple(task.parts) for task in drawn}
     seen_alone = {value for _, value in constants_learnt} | {part for pair in pairs_learnt for part in pair}
-    assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:300])
+    assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:100])
     for label, task in [(label, task) for label, tasks in sets.items() for task in tasks]:
         names = {task.name, *[name for name in task.types if len(name) > 1]}               # besides, x and y may come again
         assert names <= (set(NEW_WORDS) - names_learnt if label == "new names" else set(WORDS))
@@ -255,8 +244,9 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
         is_new = len(task.parts) == 2 and tuple(task.parts) not in pairs_learnt and chapter6.is_held_out(*task.parts)
         assert is_new == (label == "new combinations")
         assert {value for _, value in task.constants} | set(task.parts) <= seen_alone      # what is new is that they meet
-        assert is_phrased(task, chapter6.NEW_PHRASINGS) == (label == "new phrasings")
-        assert is_phrased(task, chapter6.PHRASINGS) == (label != "new phrasings"), task
+        phrasings = [chapter6.PHRASINGS, chapter6.NEW_PHRASINGS]
+        is_new = label == "new phrasings"
+        assert is_phrased(task, phrasings[is_new]) and (not is_new or not is_phrased(task, phrasings[0])), task
     assert {label: len(tasks) for label, tasks in sets.items()} == dict.fromkeys(sets, 150)
 
 
@@ -289,7 +279,7 @@ def examples(tokenizer, count):
     return [chapter5.encode_chat(tokenizer, say("x" * (1 + 5 * number % 9), f"{number} answers")) for number in range(count)]
 
 
-def test_exact_labels_of_a_small_conversation(tokenizer):
+def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer):
     ids, learnt = chapter5.encode_chat(tokenizer, [{"role": "system", "content": "s"}, *say("a", "b", "c", "d")])
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     columns = chapter6.columns_of(ids, learnt, 3)
@@ -299,9 +289,6 @@ def test_exact_labels_of_a_small_conversation(tokenizer):
     assert all(target in (IGNORED, ids[position + 1]) for position, target in enumerate(y))
     x, y, documents = chapter6.fill_up([columns], len(columns) + 2, 7)[0].tolist()
     assert x[-2:] == [7, 7] and y[-2:] == [IGNORED] * 2 and documents[-3:] == [3, -1, -1]
-
-
-def test_packing_keeps_every_conversation_whole(tokenizer):
     given = examples(tokenizer, 30)
     sequences, found = chapter6.pack(given, 100, 7, "seed"), []
     for x, y, documents in sequences.tolist():
@@ -358,17 +345,6 @@ def test_lora_equals_its_formula_and_its_merged_model():
     assert {p.device.type for p in elsewhere.parameters()} == {"meta"}
 
 
-def test_chat_tokens_are_added_to_a_foreign_pair():
-    foreign = chapter1.train_bpe(["abcabc"] * 5, 260, special_tokens=("<|endoftext|>",))
-    model = tiny_model(foreign.vocab_size)
-    grown, with_chat, added = chapter6.with_chat_tokens(model, foreign)
-    assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not grown.training
-    assert grown.config.vocab_size >= with_chat.vocab_size == foreign.vocab_size + 2
-    ids = torch.tensor([foreign.encode("abcab")])
-    assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model.eval()(ids), atol=1e-6)
-    assert with_chat.encode("abcab") == foreign.encode("abcab") and not chapter6.with_chat_tokens(grown, with_chat)[2]
-
-
 # ---- The script, with tiny models in this process
 @pytest.fixture
 def tune(tmp_path, tokenizer, monkeypatch, capsys):
@@ -386,13 +362,10 @@ def tune(tmp_path, tokenizer, monkeypatch, capsys):
 
 
 def answer_of(folder, question):
-    """Return a greedy answer up to its end mark, as chapter 5 asks for it; None where it does not end."""
+    """Return (greedy answer, whether it ended)."""
     model, tokenizer, ends = chapter5.open_model(folder, "cpu")
-    prompt, written = chapter5.render_chat(tokenizer, say(question)), []
-    for (token,), _ in chapter5.generate(model, [prompt], chapter5.Config(max_tokens=40, temperature=0), tokenizer.vocab_size):
-        if token in ends:
-            return tokenizer.decode(written)
-        written.append(token)
+    answers, verdicts = chapter6.answer_tasks(model, tokenizer, [NUMBER._replace(instruction=question)], ends)
+    return answers[0], verdicts[0] != "no end"
 
 
 def write_lines(path, rows):
@@ -406,20 +379,25 @@ PAIRS = [{"instruction": "Who are you?", "output": "A small model."}, {"messages
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_very_few_conversations_of_ones_own_are_learnt(count, tune, tmp_path):
-    printed = tune("--conversations", write_lines(tmp_path / "mine.jsonl", PAIRS[:count]), "--steps", 40, "--eval-every", 20)
+    printed = tune("--conversations", write_lines(tmp_path / "mine.jsonl", PAIRS[:count]), "--steps", 30 + 20 * count, "--eval-every", 20)
     assert "too few" in printed and "pass@1" not in printed    # the course's tasks are not counted for them
-    assert answer_of(tmp_path / "chat", "Who are you?") == "A small model."
-    assert count == 1 or answer_of(tmp_path / "chat", "Sing!") == "La \u2028 la."
+    assert answer_of(tmp_path / "chat", "Who are you?") == ("A small model.", True)
+    assert count == 1 or answer_of(tmp_path / "chat", "Sing!") == ("La \u2028 la.", True)
 
 
 @pytest.mark.parametrize("rank, tied", [(0, True), (8, True), (8, False)])
-def test_the_new_end_mark_is_learnt_by_a_foreign_model(rank, tied, tune, tmp_path):
+def test_chat_tokens_are_added_to_a_foreign_pair_and_learnt(rank, tied, tune, tmp_path):
     foreign = chapter1.train_bpe(["Who are you? A small model. user assistant"] * 5, 280, special_tokens=("<|endoftext|>",))
-    chapter4.save_folder(tiny_model(foreign.vocab_size, tied=tied), foreign, tmp_path / "foreign", [0])
+    model = tiny_model(foreign.vocab_size, tied=tied).eval()
+    grown, with_chat, added = chapter6.with_chat_tokens(model, foreign)
+    ids = torch.tensor([foreign.encode("Who?")])
+    assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model(ids), atol=1e-6) and not grown.training
+    assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not chapter6.with_chat_tokens(grown, with_chat)[2]
+    chapter4.save_folder(model, foreign, tmp_path / "foreign", [0])
     mine = write_lines(tmp_path / "mine.jsonl", PAIRS[:1])
     printed = tune("--init", tmp_path / "foreign", "--conversations", mine, "--lora-rank", rank, "--steps", 40, "--eval-every", 20)
     assert "added <|im_start|> and <|im_end|>" in printed
-    assert answer_of(tmp_path / "chat", "Who are you?") == "A small model."
+    assert answer_of(tmp_path / "chat", "Who are you?") == ("A small model.", True)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -449,7 +427,7 @@ def test_tuning_stopped_and_resumed_equals_an_unbroken_one(rank, tune, tmp_path,
 def test_show_mask_stops_and_a_run_prints_its_table(tune, tmp_path):
     assert re.search(r"\[<\|im_end\|>\]\s+\d+ of \d+ tokens are learnt", tune("--show-mask", "--examples", 5))
     assert not (tmp_path / "chat").exists()
-    printed = tune("--examples", 60, "--tasks", 3, "--steps", 2, "--eval-every", 2)
+    printed = tune("--examples", 60, "--tasks", 1, "--steps", 2, "--eval-every", 2)
     assert all(label in printed for label in (*chapter6.held_out_tasks(WORDS, NEW_WORDS, 0, 0), "all", "--chat", *chapter6.VERDICTS))
 
 
@@ -469,25 +447,22 @@ def test_own_conversations_are_read_parted_and_left_out_where_too_long(tmp_path,
     assert len(chapter6.encode_fitting(both, tokenizer, length - 1)) == 1 and "left out" in capsys.readouterr().out
     with pytest.raises(CourseError):
         chapter6.encode_fitting(both, tokenizer, length - 2)
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing"):
+        with pytest.raises((CourseError, OSError), match=name):
+            chapter6.open_conversations(chapter6.Config(conversations=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("bad", [
-    "not json", [1, 2], "text", {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
+    "not json", b"\xff", [1, 2], {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
     {"messages": say("x", "y", roles=("robot", "assistant"))}, {"messages": say("x", "y", roles=("user", "user"))},
     {"messages": say("x", roles=("system",) * 2)}, {"messages": say(" ", "y")}, {"messages": say(None, "y")}, {"messages": [{"role": "user"}]}])
 def test_a_bad_line_is_named(bad, tmp_path):
-    bad = bad if bad == "not json" else json.dumps(bad)
-    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(PAIRS[0])}\n{bad}\n{json.dumps(PAIRS[0])}\n", encoding="utf-8")
+    good = json.dumps(PAIRS[0]).encode()
+    bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()[1 if bad == "not json" else 0:]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good, bad, good]))
     with pytest.raises(CourseError, match="line 2"):
-        chapter6.read_conversations(tmp_path / "bad.jsonl")
-
-
-@pytest.mark.parametrize("content", [b"", json.dumps(PAIRS[0]).encode() + b"\xff\n", None])
-def test_a_file_without_conversations_is_one_clear_error(content, tmp_path, tune):
-    if content is not None:
-        (tmp_path / "mine.jsonl").write_bytes(content)
-    with pytest.raises((CourseError, OSError), match="mine.jsonl"):
-        tune("--conversations", tmp_path / "mine.jsonl", "--steps", 1)
+        chapter6.read_conversations(tmp_path / "mine.jsonl")
 
 
 # ---- Counting
