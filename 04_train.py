@@ -59,18 +59,15 @@ def lr_scale(step, config):
 
 
 def train_naive(model, batch, config):
-    """Train a model and return its losses: what all of this file does, only not safely and fast.
-
-    batch(step) -> inputs x and targets y, each (R, T)
-    """
+    """Train a model and return its losses: what all of this file does, only not safely and fast."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     losses = []
     for step in range(config.steps):
-        x, y = batch(step)
+        x, y = batch(step)                                         # inputs, targets: (R, T) each
         logits = model(x)                                          # (R, T) -> (R, T, V)
         nats = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
         loss = nats / y.numel()
-        loss.backward()                                            # adds to each weight's .grad
+        loss.backward()                                            # adds each gradient to .grad
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_scale(step, config)
         optimizer.step()                                           # moves the weights
@@ -82,13 +79,10 @@ def train_naive(model, batch, config):
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
 class Objective(nn.Sequential):
     """The model, as a list of one, with its loss, so that both are compiled as one."""
-    COLUMNS = ["loss"]
+    COLUMNS = ["loss"]  # of the log: the terms that are trained on
 
     def forward(self, x, y, documents=None):
-        """Return the terms of COLUMNS, in nats, each summed over the targets y that count.
-
-        x, y (B, T) -> (terms). All terms are trained on; each is a column of the log.
-        """
+        """Return a sum over the targets y (B, T) that count, in nats, for each of COLUMNS."""
         logits = self[0](x, documents).float()                     # (B, T) -> (B, T, V)
         nats = nn.functional.cross_entropy(
             logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -97,9 +91,9 @@ class Objective(nn.Sequential):
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
-#   AdamW   m = average of g, v = average of g^2, both over the last steps; w -= lr m / sqrt(v).
-#           Every weight moves at about lr a step, whatever the size of its gradient. Besides,
-#           w -= lr decay w pulls it towards zero, so that none grows without being needed.
+#   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
+#           w -= lr m / sqrt(v): all weights move at about lr, whatever the size of their gradients.
+#           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
 #   Muon    sees that a matrix maps directions to directions; its singular values say how strongly.
 #           In a gradient, a few directions drown all others. Muon averages the last gradients (that
 #           is momentum) and makes all directions equally strong, so that rare ones are learnt too.
@@ -265,8 +259,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
             # 6. Log; now and then evaluate and save.
             run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:
-                run.stop_if_diverged("gradient", norm)
+            if not math.isfinite(norm) and scaler.get_scale() <= 1:
+                run.diverged("gradient", norm)
             is_due = stop > 0 or step + 1 == config.steps or (step + 1) % config.eval_every == 0
             if is_due and machine.rank == 0:
                 run.take_stock(judge, keep)
@@ -386,9 +380,8 @@ def main(config):
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
     model = start_model(config, tokenizer).to(machine.device).eval()
-    saved = None
-    if config.resume:
-        saved = read_checkpoint(folder)
+    saved = read_checkpoint(folder) if config.resume else None
+    if saved:
         model.load_state_dict(saved["model"])
     bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -433,8 +426,10 @@ class Machine:
 
     def split(self, whole, size):
         """Yield this process's part of tensors (R, T) on its device, `size` sequences at once."""
-        mine = [tensor[self.rank::self.world].to(self.device) for tensor in whole]
-        return zip(*[tensor.split(size) for tensor in mine])
+        mine = [tensor[self.rank::self.world] for tensor in whole]
+        if self.device.type == "cuda":
+            mine = [tensor.pin_memory() for tensor in mine]        # copied while the GPU computes
+        return zip(*[tensor.to(self.device, non_blocking=True).split(size) for tensor in mine])
 
 
 def choose_device(name):
@@ -456,7 +451,7 @@ def choose_machine(config):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                 # TF32, where fp32 is asked for
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif torch.cpu._is_avx512_bf16_supported():
+    elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # new in torch
         precision = "bf16"
     precision = config.precision or precision
     if precision not in ("fp32", "bf16", "fp16"):
@@ -516,7 +511,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         signal.signal(signal.SIGINT, self.before)
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        if "to allocate" in str(error):                            # CPU, CUDA and MPS all say it
             raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
                               "same step in more parts; else lower --context") from None
         if self.is_interrupted and not error:
@@ -541,19 +536,19 @@ class Run:
     def evals_without_gain(self):
         """Return how many evaluations there have been after the best one."""
         losses = [math.inf] + [row["val_loss"] for row in self.log if "val_loss" in row]
-        return len(losses) - 1 - losses.index(min(losses))
+        return losses[::-1].index(min(losses))
 
     def is_out_of_patience(self):
         return 0 < self.config.patience <= self.evals_without_gain()
 
     def log_step(self, losses, norm, scale, tokens, seconds):
-        """Add a row to the log; print the first, and eight from one evaluation to the next."""
+        """Add a row to the log; print the first and every hundredth."""
         step = len(self.log) + 1
         self.log.append({
             "step": step, "tokens": step * tokens, "seconds": seconds,
             **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
             "tokens_per_second": tokens / seconds})
-        if step == 1 or step % max(1, self.config.eval_every // 8) == 0:
+        if step == 1 or step % 100 == 0:
             row = [f"{name} {value:,.6g}" for name, value in self.log[-1].items()]
             print(", ".join(row), flush=True)
 
@@ -564,7 +559,8 @@ class Run:
         model = self.parts["model"]
         loss, bits, remark = judge(model.eval())
         model.train()
-        self.stop_if_diverged("held-out loss", loss)
+        if math.isnan(loss):
+            self.diverged("held-out loss", loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
         print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte {remark}")
         if self.evals_without_gain() == 0:
@@ -583,12 +579,11 @@ class Run:
                 np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
             draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
 
-    def stop_if_diverged(self, what, value):
+    def diverged(self, what, value):
         """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-        if not math.isfinite(value):
-            folder = self.folder / "diverged"
-            self.write_log(folder)
-            raise CourseError(f"the {what} is {value}: lower --lr and --matrix-lr (see {folder})")
+        folder = self.folder / "diverged"
+        self.write_log(folder)
+        raise CourseError(f"the {what} is {value}: lower --lr and --matrix-lr (see {folder})")
 
 
 def read_checkpoint(folder):

@@ -19,7 +19,6 @@ Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2
 """
 import ast
 import builtins
-import copy
 import inspect
 import json
 import keyword
@@ -100,14 +99,12 @@ def pack(examples, T, filler, seed):
 
 def packed_batches(examples, R, T, filler, seed):
     """Return batch(step) -> ids, targets, documents, (R, T) each: a pure function of the step."""
-    sequences = torch.zeros(0, 3, T, dtype=torch.long)         # grows by an epoch at a time
+    sequences = []                                             # grows by an epoch at a time
 
     def batch(step):
-        nonlocal sequences
         while len(sequences) < (step + 1) * R:
-            epoch = pack(examples, T, filler, f"{seed} {len(sequences)}")
-            sequences = torch.cat((sequences, epoch))
-        return sequences[step * R:(step + 1) * R].unbind(1)    # (R, 3, T) -> 3 times (R, T)
+            sequences.extend(pack(examples, T, filler, f"{seed} {len(sequences)}"))
+        return torch.stack(sequences[step * R:(step + 1) * R]).unbind(1)       # 3 times (R, T)
     return batch
 
 
@@ -157,9 +154,13 @@ def merge_lora(model):
     """Return a model with the adapters, if it has any, added into its weights for good."""
     if not parametrize.is_parametrized(linear_layers(model)[0]):
         return model
-    merged = copy.deepcopy(model)
-    for layer in linear_layers(merged):
-        parametrize.remove_parametrizations(layer, "weight")
+    state = {name: tensor for name, tensor in model.state_dict().items()
+             if "parametrizations" not in name}
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer):
+            state[f"{name}.weight"] = layer.weight
+    merged = chapter3.GPT(model.config)
+    merged.load_state_dict(state)
     return merged
 
 
@@ -223,19 +224,19 @@ loop       L: total += item ** 2      the sum of the squares of the items {of|in
 loop       L: total += abs(item)      the sum of the absolute values of the items {of|in} L
 loop       L: if P: total += 1        how many {items|elements} {of|in} L are P
 loop       L: if P: total += item     the sum of the items {of|in} L that are P
-loop       T: if item in 'aeiou': total += 1  the number of vowels in T
+loop       T: if item.lower() in 'aeiou': total += 1  the number of vowels in T
 """
 PROPERTIES = [
     ("even", "N % 2 == 0"), ("odd", "N % 2 == 1"), ("positive", "N > 0"), ("negative", "N < 0"),
     ("divisible by K", "N % K == 0"), ("{greater|larger|more} than K", "N > K"),
     ("{less|smaller} than K", "N < K"), ("at least K", "N >= K"), ("at most K", "N <= K"),
 ]
-# In the last ones, WORD is any word: so it is learnt that the name is what stands before the bracket.
+# In the last ones, WORD is any word: so it is learnt that the name stands before the bracket.
 PHRASINGS = """
 {Write|Define|Implement|Create|Make} {a|the} {|Python }function HEADER {that|which} returns ANSWER.
-{Please|Now} {write|define|create} {a function|the function|} HEADER {that|which} returns ANSWER.
-{Can|Could|Would} you {write|define|make} {a function|} HEADER {that|which} returns ANSWER?
-{I|We} {need|want|would like} {a function|the function|} HEADER {that|which} returns ANSWER.
+{Please|Now} {write|define|create} {a function |the function |}HEADER {that|which} returns ANSWER.
+{Can|Could|Would} you {write|define|make} {a function |}HEADER {that|which} returns ANSWER?
+{I|We} {need|want|would like} {a function |the function |}HEADER {that|which} returns ANSWER.
 {Write|Define|Code|Give me} HEADER{, which| so that it|; it} returns ANSWER.
 {Write|Create|Make} {a|the} function HEADER {to return|to get|for|returning} ANSWER.
 {The|A} function HEADER {should|must|has to|is to} give ANSWER.
@@ -244,7 +245,7 @@ PHRASINGS = """
 {Given|From|With} PARAMETERS, {write|define|make} {a|the} function NAME that returns ANSWER.
 {My program|Our module|The code} {needs|lacks} HEADER, which returns ANSWER.
 {Let|Make|Have} HEADER give ANSWER.
-{Task|To do|Exercise}: {a function|write|} HEADER {that returns|returning|for} ANSWER.
+{Task|To do|Exercise}: {a function |write |}HEADER {that returns|returning|for} ANSWER.
 {How|In what way} {do|can|would} {I|you|we} write HEADER to give ANSWER?
 {WORD|WORD WORD|WORD, WORD WORD} HEADER {WORD|WORD WORD|, WORD|;} ANSWER{.|?| WORD.|}
 {WORD WORD|WORD WORD, WORD} HEADER {WORD WORD|WORD|. WORD} ANSWER{.|!|. WORD WORD.}
@@ -259,6 +260,7 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function NAME of PARAMETERS that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
+USED = f"{GRAMMAR} {PROPERTIES} {PHRASINGS} {NEW_PHRASINGS}"
 Entry = namedtuple("Entry", "kind code words")
 Task = namedtuple("Task", "kind instruction description name types source constants parts")
 ENTRIES = [Entry(*re.split(r"\s{2,}", line)) for line in GRAMMAR.strip().splitlines()]
@@ -312,10 +314,13 @@ def fill_in(entry, inside, types, constants, names, chooser):
             types[codes[slot]] = TYPES[slot]
         elif slot == "P":
             words_of_it, test = chooser.choice(PROPERTIES)
-            value = {"K": str(chooser.randrange(2, 11) if "%" in test else chooser.randrange(101))}
+            value = {"K": str(chooser.randrange(2, 11))}
+            if "%" not in test:
+                value = {"K": str(chooser.randrange(101))}
             texts[slot] = fill(vary(words_of_it, chooser), value)
             codes[slot] = fill(test, {"N": codes.get("N", "item"), **value})
-            constants.append((entry.code + test, value["K"]))
+            if "K" in test:
+                constants.append((entry.code + test, value["K"]))
         else:
             value = chooser.randrange(101)
             if slot == "C":
@@ -353,7 +358,8 @@ def draw_task(words, phrasings, chooser):
     source = f"def {header}:\n{lay_out(entry, code)}"
     source = ast.unparse(ast.parse(source))                    # without needless brackets
     asked = vary(chooser.choice(phrasings), chooser)
-    asked = re.sub("WORD", lambda found: chooser.choice(words), asked)
+    others = [word for word in chooser.sample(words, 12) if word not in (name, *parameters)]
+    asked = re.sub("WORD", lambda found: chooser.choice(others), asked)
     values = {"HEADER": header, "NAME": name, "PARAMETERS": " and ".join(parameters),
               "ANSWER": description, "returns": chooser.choice(RETURNS)}
     asked = re.sub("|".join(values), lambda found: values[found[0]], asked)
@@ -405,7 +411,7 @@ def split_words(tokenizer):
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(set(re.findall(r"\b[a-z]{3,10}\b", text)))
-    reserved = {*keyword.kwlist, *dir(builtins), *re.findall(r"[a-z]+", GRAMMAR + PHRASINGS)}
+    reserved = {*keyword.kwlist, *dir(builtins), *re.findall(r"[a-z]+", USED)}
     common = [word for word in sorted(counts) if counts[word] > 7 and word not in reserved]
     words = [word for word in common if not is_held_out(word)]
     known = set(chain.from_iterable(tokenizer.encode(f" {word}({word}") for word in words))
@@ -473,7 +479,7 @@ def draw_arguments(task, count=100):
     sizes = [0, 1, 2, 3, 5, 30] + [size for size in near if 0 < size < 30]
     draws = []
     for _ in range(count):
-        few = chooser.randrange(1, 5)
+        few = chooser.choice([1, 2, 3, 4, 20])
         some = chooser.choices(chooser.choice([numbers, near or numbers]), k=few)
         signs = chooser.choices(letters, k=few)
         arguments = []
@@ -628,7 +634,7 @@ def messages_of(data):
         messages = [{"role": "user", "content": question},
                     {"role": "assistant", "content": data.get("output") or data["response"]}]
     spoken = [message["role"] for message in messages if message["role"] != "system"]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError(f"user and assistant should take turns, the assistant last, not {spoken}")
     if not all(message["content"].strip() for message in messages):
         raise ValueError("a message is empty")
@@ -638,12 +644,14 @@ def messages_of(data):
 def read_conversations(path):
     """Return the conversations of a file of JSON lines. Raises CourseError naming a bad line."""
     conversations = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             conversations.append(messages_of(json.loads(line)))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
                               "content) or instruction and output") from None
+    if not conversations:
+        raise CourseError(f"{path} holds no conversations")
     return conversations
 
 
@@ -708,9 +716,9 @@ def encode_fitting(conversations, tokenizer, context):
     """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
     examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
     fitting = [example for example in examples if len(example[0]) <= context + 1]
-    if len(fitting) < len(examples):
-        print(f"left out, as longer than the context of {context}: {len(examples) - len(fitting):,} "
-              f"conversations of {len(examples):,}")
+    left_out = len(examples) - len(fitting)
+    if left_out:
+        print(f"left out, as longer than the context of {context}: {left_out:,} conversations")
     if not fitting:
         raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
     return fitting

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def batch(step):
 
 
 def judge(model):
-    """A held-out loss that depends on the weights."""
+    """A held-out loss that depends on the weights; dropout is off."""
+    assert not model.training
     with torch.no_grad():
         return chapter4.Objective(model)(*batch(10**6))[0].item() / 42, 1.0, "remark"
 
@@ -192,46 +194,64 @@ def script(code, *arguments, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
 
 
+PROCESSES = """
+import torch._dynamo                                           # takes seconds, so before the processes part
+
+def child(world, rank, port):
+    names = dict(WORLD_SIZE=world, RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update({name: str(value) for name, value in names.items()})
+    sys.stdout = open(folder / f"{rank}.out", "w")
+    machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precision="fp32", compile=False))
+    model, log = train(folder, config, machine=machine)
+    torch.save({"model": model.state_dict(), "log": log}, folder / f"{rank}.pt")
+    batch_of = signalled(5) if rank == world - 1 else batch
+    train(folder / "stopped", replace(config, steps=10**6), machine=machine, batch=batch_of)
+
+chapter4.make_optimizers = lambda model, config: {"adamw": torch.optim.SGD(model.parameters(), lr=1.0)}
+config = replace(SETTINGS, steps=3, micro_batch=1, lr=1.0, eval_every=100)
+folder, world, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+folder.mkdir()
+started = []
+for rank in range(world):
+    started.append(os.fork())
+    if started[-1] == 0:
+        sys.exit(child(world, rank, port))
+print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started])
+"""
+
+
 def test_processes_equal_one_and_stop_together(tmp_path, monkeypatch):
     """Two, and three, which share four sequences unevenly."""
-    code = """
-chapter4.make_optimizers = lambda model, config: {"adamw": torch.optim.SGD(model.parameters(), lr=1.0)}
-machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precision="fp32", compile=False))
-config = replace(SETTINGS, steps=3, micro_batch=1, lr=1.0, eval_every=100)
-folder = Path(sys.argv[1])
-model, log = train(folder, config, machine=machine)
-torch.save({"model": model.state_dict(), "log": log}, folder / f"{machine.rank}.pt")
-stopped = signalled(5) if machine.rank == machine.world - 1 else batch
-train(folder / "stopped", replace(config, steps=10**6), machine=machine, batch=stopped)
-"""
-    started = []
+    started = {}
     for world in (2, 3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-        started += [(script(code, tmp_path / str(world), RANK=str(rank), LOCAL_RANK=str(rank), **shared), world, rank)
-                    for rank in range(world)]
+            started[world] = script(PROCESSES, tmp_path / str(world), world, free.getsockname()[1])
     use_sgd(monkeypatch)
     model, log = train(tmp_path / "one", replace(SETTINGS, steps=3, lr=1.0, eval_every=100))
     start = model_of().state_dict()
-    for process, world, rank in started:
+    for world, process in started.items():
         out, error = process.communicate(timeout=120)
-        assert process.returncode == (130 if rank == world - 1 else 0), error
-        assert bool(out) == (rank == 0), "only rank 0 prints"
-        assert len(read_checkpoint(tmp_path / str(world) / "stopped")["log"]) == 6
-        found = torch.load(tmp_path / str(world) / f"{rank}.pt", weights_only=True)
-        for name in ("loss", "grad_norm", "tokens"):
-            assert column(found["log"], name) == pytest.approx(column(log, name), rel=1e-5)
-        for name, value in model.state_dict().items():
-            moved, expected = found["model"][name] - start[name], value - start[name]
-            assert (moved - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+        assert out.split("\n")[0] == str([0] * (world - 1) + [130]), error       # who was asked to stop says so
+        folder = tmp_path / str(world)
+        assert len(read_checkpoint(folder / "stopped")["log"]) == 6
+        assert [(folder / f"{rank}.out").stat().st_size > 0 for rank in range(world)] == [True] + [False] * (world - 1)
+        for rank in range(world):
+            found = torch.load(folder / f"{rank}.pt", weights_only=True)
+            for name in ("loss", "grad_norm", "tokens"):
+                assert column(found["log"], name) == pytest.approx(column(log, name), rel=1e-5)
+            for name, value in model.state_dict().items():
+                moved, expected = found["model"][name] - start[name], value - start[name]
+                assert (moved - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
 
 
 def test_compiled_equals_uncompiled_and_saves_plain_names(tmp_path, monkeypatch):
+    """All of torch.compile but the C++ compiler, which takes half a minute."""
     use_sgd(monkeypatch)
-    config, make = replace(SETTINGS, steps=2, lr=1.0), lambda: model_of(layers=1, heads=1, width=16)
-    _, log = train(tmp_path / "plain", config, make())
-    _, compiled = train(tmp_path, config, make(), replace(CPU, compile=True), keep=lambda model: model.save(tmp_path))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = replace(SETTINGS, steps=2, lr=1.0)
+    _, log = train(tmp_path / "plain", config)
+    _, compiled = train(tmp_path, config, machine=replace(CPU, compile=True), keep=lambda model: model.save(tmp_path))
     for name in ("loss", "grad_norm"):
         assert column(compiled, name) == pytest.approx(column(log, name), rel=1e-5)
     saved = read_checkpoint(tmp_path)["model"]
@@ -282,34 +302,23 @@ def test_every_weight_has_one_optimizer_and_the_scheduled_rate(tmp_path, monkeyp
     assert all(group["lr"] == last * (3e-3 if name == "adamw" else 0.02) for name, group in groups)
 
 
-@pytest.mark.parametrize("shape", [(64, 24), (24, 64), (32, 32)])
-def test_muon_equals_torchs_within_the_noise_of_bf16(shape):
+def test_muon_equals_torchs_and_stacks_equal_single_matrices():
+    """Within the noise of bf16: 3% of the way, in six steps."""
     torch.manual_seed(0)
-    first = torch.nn.Parameter(torch.randn(shape) * 0.05)
-    second = torch.nn.Parameter(first.detach().clone())
-    ours = chapter4.Muon([first], 0.02, 0.1)
-    theirs = torch.optim.Muon([second], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    start = first.detach().clone()
+    start = [torch.randn(shape) * 0.05 for shape in ((64, 24), (24, 64), (32, 32), (24, 64))]          # tall, wide, square
+    stacked, single, torchs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(3))
+    optimizers = [chapter4.Muon(stacked, 0.02, 0.1), *[chapter4.Muon([p], 0.02, 0.1) for p in single],
+                  torch.optim.Muon(torchs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
     for step in range(6):
-        first.grad = torch.randn(shape) * 0.01
-        second.grad = first.grad.clone()
-        ours.step()
-        theirs.step()
-        assert (first - second).norm() < 0.03 * (second - start).norm()
-
-
-def test_stacked_matrices_move_as_single_ones():
-    torch.manual_seed(0)
-    together = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 32), (32, 16), (16, 32), (16, 16), (16, 32))]
-    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [chapter4.Muon(together, 0.02, 0.1), *[chapter4.Muon([p], 0.02, 0.1) for p in alone]]
-    for step in range(3):
-        for p, twin in zip(together, alone):
-            p.grad = torch.randn_like(p)
-            twin.grad = p.grad.clone()
+        for parameters in zip(stacked, single, torchs):
+            gradient = torch.randn(parameters[0].shape) * 0.01
+            for p in parameters:
+                p.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
-    assert all(torch.allclose(p, twin, atol=1e-3) for p, twin in zip(together, alone))     # a step: numbers of 4e-3
+        for began, p, alone, theirs in zip(start, stacked, single, torchs):
+            assert (p - theirs).norm() < 0.03 * (theirs - began).norm()
+            assert (p - alone).norm() < 0.01 * (alone - began).norm()
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 80), (2, 80, 20), (1, 48, 64)])
@@ -417,7 +426,7 @@ def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")])
 @pytest.mark.parametrize("micro_batch, advice", [(64, 2), (2, 1)])             # four sequences are there
 def test_out_of_memory_names_a_flag_that_helps(tmp_path, monkeypatch, error, micro_batch, advice):
     def full(self, *_):
@@ -489,26 +498,24 @@ train(sys.argv[1])
     assert same(train(tmp_path / "whole")[0].state_dict(), parts.state_dict())
 
 
-def test_a_full_disk_leaves_the_last_save_whole(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_save_whole_and_a_log_held_open_is_no_error(tmp_path, monkeypatch):
     train(tmp_path, replace(SETTINGS, steps=4))
     before, opened = files_in(tmp_path), open
-    monkeypatch.setattr("builtins.open", lambda path, *more, **named: opened(
-        "/dev/full" if str(path).endswith(".tmp") else path, *more, **named))
-    with pytest.raises(OSError, match="No space left"):        # which `chapter1.run` prints as one line
-        train(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda path, *more, **named: opened(
+            "/dev/full" if str(path).endswith(".tmp") else path, *more, **named))
+        with pytest.raises(OSError, match="No space left"):    # which `chapter1.run` prints as one line
+            train(tmp_path)
     assert files_in(tmp_path) == before
-
-
-def test_a_log_held_open_does_not_end_a_run(tmp_path):
-    (tmp_path / "log.csv").mkdir()                             # nothing can be moved there
-    assert len(train(tmp_path)[1]) == 8 == len(read_checkpoint(tmp_path)["log"])
+    (tmp_path / "held" / "log.csv").mkdir(parents=True)        # nothing can be moved there
+    assert len(train(tmp_path / "held")[1]) == 8 == len(read_checkpoint(tmp_path / "held")["log"])
 
 
 def test_patience_stops_and_the_best_is_kept(tmp_path):
-    losses, kept = iter([3.0, 2.0, 2.5, 2.0, 1.0, 1.5, 1.4]), []
+    losses, kept = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.5, 1.4]), []
     more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
     _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
-    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.0] and len(kept) == 2 and len(log) == 17
+    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 17
     with pytest.raises(CourseError, match="this run is over, after 16 steps: .*--patience"):
         train(tmp_path, replace(SETTINGS, steps=40, patience=2), saved=read_checkpoint(tmp_path), **more)
     _, log = train(tmp_path, replace(SETTINGS, steps=28, patience=3), saved=read_checkpoint(tmp_path), **more)
@@ -555,12 +562,6 @@ def test_evaluation_by_its_definition(monkeypatch):
         assert max(calls[-4:]) == min(2, at_once) or at_once == 11
     with pytest.raises(CourseError, match="16 held-out tokens: use more text or a smaller --context"):
         chapter4.evaluate(model, CPU, np.arange(16), bytes_of, 100)
-
-
-def test_the_loop_trains_with_dropout_and_judges_without(tmp_path):
-    modes = []
-    model, _ = train(tmp_path, model=model_of(dropout=0.5), judge=lambda model: (modes.append(model.training) or 1.0, 1.0, ""))
-    assert modes == [False, False] and model.training
 
 
 # ---- The script
@@ -660,14 +661,11 @@ def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", [("--warmup", "-3"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)])
-def test_values_out_of_range_have_status_2(main, flags):
-    with pytest.raises(SystemExit) as stopped:
-        main(*flags)
-    assert stopped.value.code == 2
-
-
-def test_fp16_takes_adamw_and_says_so(capsys):
+def test_what_argparse_refuses_has_status_2_and_fp16_takes_adamw(main, capsys):
+    for flags in (("--warmup", "-3"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)):
+        with pytest.raises(SystemExit) as stopped:
+            main(*flags)
+        assert stopped.value.code == 2
     config = chapter4.TrainingConfig(device="cpu", precision="fp16")
     machine = chapter4.choose_machine(config)
     assert (machine.precision, config.optimizer) == ("fp16", "adamw") and "adamw" in capsys.readouterr().out

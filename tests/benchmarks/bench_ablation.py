@@ -14,22 +14,21 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from bench_training import Data, chapter1, chapter3, chapter4, pace, train_ours
+from bench_training import Data, chapter1, chapter3, chapter4, pace, shape_of, train_ours
 from matplotlib.figure import Figure
 
-FIRST = {"layernorm": True, "learned_places": True, "gelu": True, "bias": True, "qk_norm": False, "precision": "fp32",
+FIRST = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True, "qk_norm": False, "precision": "fp32",
          "compile": False, "optimizer": "adamw", "lr": 1e-3, "matrix_lr": 1e-3}
-CHANGES = {  # a row's name, and what it changes
+CHANGES = {  # a row's name, and what it changes: each is a flag of 04_train.py
     "GPT-2's recipe, 2019": {},
-    "+ RMSNorm, no biases": {"layernorm": False, "bias": False},
-    "+ RoPE": {"learned_places": False},
-    "+ SwiGLU": {"gelu": False},
+    "+ RMSNorm, no biases": {"norm": "rmsnorm", "bias": False},
+    "+ RoPE": {"positions": "rope"},
+    "+ SwiGLU": {"mlp": "swiglu"},
     "+ QK-norm": {"qk_norm": True},
     "+ a learning rate of 3e-3": {"lr": 3e-3},
     "+ bf16": {"precision": "bf16"},
     "+ torch.compile": {"compile": True},
-    "+ Muon: the default": {"optimizer": "muon", "lr": chapter4.RECIPES["small"]["lr"],
-                            "matrix_lr": chapter4.RECIPES["small"]["matrix_lr"]},
+    "+ Muon: the default": {"optimizer": "muon", "lr": chapter4.TrainingConfig.lr, "matrix_lr": chapter4.TrainingConfig.matrix_lr},
 }
 TRAINING = ("optimizer", "lr", "matrix_lr")
 
@@ -39,12 +38,12 @@ def curve_of(data, base, settings, seconds, seeds):
     machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precision=settings["precision"],
                                                               compile=settings["compile"]))
     changes = {name: settings[name] for name in TRAINING}
-    shape = {**base, **{name: value for name, value in settings.items() if name in chapter3.GPT2}}
+    shape = {**base, **{name: value for name, value in settings.items() if name in chapter3.SHAPE}}
     _, usual = pace(train_ours(data, shape, machine, 24, **changes)[1])
     steps, curves, speeds = max(20, round(seconds / usual)), [], []
     for seed in seeds:
         log = train_ours(data, shape, machine, steps, evaluations=8, limit=16384, seed=seed, **changes)[1]
-        seen = [row for row in log if np.isfinite(row["val_bits_per_byte"])]
+        seen = [row for row in log if "val_bits_per_byte" in row]
         curves.append([row["val_bits_per_byte"] for row in seen])
         speeds.append(log[0]["tokens"] / pace(log)[1])
     return np.array([row["tokens"] for row in seen]), np.array(curves), np.mean(speeds)
@@ -79,7 +78,7 @@ def main():
     data, results, settings = Data(flags.out), {}, FIRST
     for name, change in CHANGES.items():
         settings = {**settings, **change}
-        base = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size, "context": 256}
+        base = shape_of("small", vocab_size=data.vocab_size, context=256)
         results[name] = tokens, curves, speed = curve_of(data, base, settings, flags.seconds, flags.seeds)
         print(f"{name}: {curves[:, -1]} after {tokens[-1]:,} tokens, {speed:,.0f} tokens/s", flush=True)
     fewest = min(tokens[-1] for tokens, _, _ in results.values())

@@ -9,7 +9,7 @@ Prints: bits per byte of both on the whole validation split, their ratio, tokens
         baseline's last loss. Seconds are those of training steps, compiling included, evaluations left out.
 
 The baseline is nanoGPT as its train.py and its README's CPU command set it, written with the parts of chapter 3:
-LayerNorm without bias, learned positions, GELU, tied embeddings, fused attention, 12 rows a step, AdamW at 1e-3 with
+LayerNorm without bias, learned positions, GELU, tied embeddings, fused attention, 12 sequences a step, AdamW at 1e-3 with
 betas 0.9 and 0.99 and decay 0.1 on matrices, warm-up over 100 steps, then a cosine to 1e-4, clipped at 1.0, float32,
 not compiled. Its layers, heads, width and context are ours. The cosine ends with the seconds.
 """
@@ -32,7 +32,7 @@ import torch
 
 chapter1, chapter2, chapter3, chapter4 = map(import_module, ("01_tokenizer", "02_data", "03_model", "04_train"))
 GPT, GPTConfig = chapter3.GPT, chapter3.GPTConfig
-NANOGPT = dict(layernorm=True, learned_places=True, gelu=True, bias=False, qk_norm=False, tied=True, norm_eps=1e-5,
+NANOGPT = dict(norm="layernorm", positions="learned", mlp="gelu", bias=False, qk_norm=False, tied=True, norm_eps=1e-5,
                attention="fused")
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "V100": 125,
          "T4": 65}  # 10^12 operations a second at 16 bits, without sparsity, as their makers state
@@ -48,12 +48,18 @@ class Data:
         self.vocab_size = -(-tokenizer.vocab_size // 64) * 64
         self.bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, self.vocab_size))
 
-    def batch(self, step, rows, context):
-        """Return x and y, each (rows, context)."""
-        return tuple(map(torch.from_numpy, chapter2.get_batch(self.train, step, rows, context, 1)))
+    def batch(self, step, R, T):
+        """Return x and y, each (R, T)."""
+        return tuple(map(torch.from_numpy, chapter2.get_batch(self.train, step, R, T, 1)))
 
 
-def train_baseline(data, shape, rows, seconds):
+def shape_of(preset, **changes):
+    """Return the values of a preset that are a model's shape, with some of them changed."""
+    shape = {name: value for name, value in chapter3.PRESETS[preset].items() if name in chapter3.SHAPE}
+    return {**shape, **changes}
+
+
+def train_baseline(data, shape, sequences, seconds):
     """Train nanoGPT's model with its settings. Returns (model, steps, seconds used)."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**shape, **NANOGPT}))
@@ -65,7 +71,7 @@ def train_baseline(data, shape, rows, seconds):
         rate = min((step + 1) / 100, 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done)))
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * rate
-        x, y = data.batch(step, rows, shape["context"])
+        x, y = data.batch(step, sequences, shape["context"])
         loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,22 +83,21 @@ def train_baseline(data, shape, rows, seconds):
 
 def train_ours(data, shape, machine, steps, evaluations=0, limit=65536, on_batch=lambda step: None, **changes):
     """Train by chapter 4's loop with the settings of its default preset. Returns (model, log)."""
-    recipe = {**chapter4.RECIPES["small"], "eval_every": max(1, steps // evaluations) if evaluations else steps}
-    config = chapter4.TrainingConfig(**{**recipe, "steps": steps, **changes})
+    eval_every = max(1, steps // evaluations) if evaluations else steps
+    config = chapter4.TrainingConfig(**{"steps": steps, "eval_every": eval_every, **changes})
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**shape))
-    rows = max(1, config.batch_tokens // shape["context"])
+    sequences = max(1, config.batch_tokens // shape["context"])
 
     def batch(step):
         on_batch(step)
-        return *data.batch(step, rows, shape["context"]), None
+        return data.batch(step, sequences, shape["context"])
 
     def judge(model):
-        loss, bits = chapter4.evaluate(model, machine, data.val, data.bytes_of, limit if evaluations else 1)
-        return loss, bits, ""
+        return *chapter4.evaluate(model, machine, data.val, data.bytes_of, limit if evaluations else 1), ""
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
-        log = chapter4.train(model, batch, config, machine, folder, judge, lambda model: None)
+        log = chapter4.train(model, batch, config, machine, Path(folder), judge, lambda model: None)
     print("".join(line + "\n" for line in printed.getvalue().splitlines() if line.startswith("not compiled")), end="")
     return model, log
 
@@ -102,21 +107,21 @@ def pace(log):
     return log[0]["seconds"], statistics.median(row["seconds"] for row in log[len(log) // 3:])
 
 
-def compare(data, shape, machine, seconds, rows):
+def compare(data, shape, machine, seconds, sequences):
     """Train both for the same seconds and print what they reached."""
-    bits = lambda model, machine: chapter4.evaluate(model, machine, data.val, data.bytes_of, len(data.val))[1]
-    model, steps, used = train_baseline(data, shape, rows, seconds)
+    bits = lambda model, machine: chapter4.evaluate(model.eval(), machine, data.val, data.bytes_of)[1]
+    model, steps, used = train_baseline(data, shape, sequences, seconds)
     plain = replace(machine, precision="fp32", compile=False)
     baseline, early = bits(model, plain), chapter4.evaluate(model, plain, data.val, data.bytes_of, 65536)[1]
     print(f"nanoGPT's settings: {baseline:.3f} bits per byte after {used:.0f} s, {steps:,} steps, "
-          f"{steps * rows * shape['context'] / used:,.0f} tokens/s")
+          f"{steps * sequences * shape['context'] / used:,.0f} tokens/s")
     first, usual = pace(train_ours(data, shape, machine, 60)[1])                           # pays for compiling
     steps = max(2, round((seconds - first) / usual))
     model, log = train_ours(data, shape, machine, steps, evaluations=20)
     clock, passed = first - log[0]["seconds"], None      # what the trial paid for compiling counts
     for row in log:
         clock += row["seconds"]
-        if passed is None and row["val_bits_per_byte"] <= early:
+        if passed is None and row.get("val_bits_per_byte", math.inf) <= early:
             passed = clock
     ours = bits(model, machine)
     print(f"ours:               {ours:.3f} bits per byte after {clock:.0f} s, {steps:,} steps, "
@@ -153,42 +158,41 @@ def memory(data, shape, machine, steps):
           f"ratio {seen[steps] / seen[10]:.3f}")
 
 
-def gpu_speed(config, machine, rows, steps):
+def gpu_speed(config, machine, sequences, steps):
     """Return (tokens/s, share of the GPU's peak or None) of training a model on random tokens."""
     torch.manual_seed(1)
     model = GPT(config).to(machine.device)
-    settings = chapter4.TrainingConfig(lr=1e-4, matrix_lr=1e-4, steps=steps)
+    settings = chapter4.TrainingConfig(matrix_lr=1e-4, steps=steps)                        # AdamW's is 1e-3
     optimizers = chapter4.make_optimizers(model, settings).values()
     objective = torch.compile(chapter4.Objective(model), disable=not machine.compile)
-    ids = torch.randint(50257, (rows, config.context + 1), device=machine.device)
+    ids = torch.randint(50257, (sequences, config.context + 1), device=machine.device)
     for step in range(-3, steps):
         if step == 0:
             torch.cuda.synchronize()
             start = time.time()
         with machine.autocast():
-            loss = objective(ids[:, :-1], ids[:, 1:])
+            loss = objective(ids[:, :-1], ids[:, 1:])[0]
         (loss / ids[:, 1:].numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
     torch.cuda.synchronize()
-    speed = steps * rows * config.context / (time.time() - start)
+    speed = steps * sequences * config.context / (time.time() - start)
     peak = next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-    multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "places" not in name)
+    multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "positions" not in name)
     flops = 6 * (multiplied + config.layers * config.heads * config.head_width * config.context)    # a token
     return speed, peak and flops * speed / peak
 
 
-def compare_on_gpu(machine, rows, steps):
+def compare_on_gpu(machine, sequences, steps):
     """Print tokens/s and MFU at 124 million parameters, T = 1024."""
-    gpt2 = {**chapter3.PRESETS["gpt2"], "vocab_size": 50304}
-    runs = {"GPT-2 baseline: fused, vocabulary 50,304": {**gpt2, "attention": "fused"},
-            **{f"{preset}, attention {name}": {**chapter3.PRESETS[preset], "attention": kind}
-               for preset in ("gpt2", "modern-124m") for name, kind in (("by hand", "auto"), ("fused", "fused"))}}
+    runs = {"GPT-2 baseline: fused, vocabulary 50,304": shape_of("gpt2", vocab_size=50304, attention="fused"),
+            **{f"{preset}, attention {kind}": shape_of(preset, attention=kind)
+               for preset in ("gpt2", "modern-124m") for kind in ("blocks", "fused")}}
     first = None
     for name, shape in runs.items():
-        speed, share = gpu_speed(GPTConfig(**shape), machine, rows, steps)
+        speed, share = gpu_speed(GPTConfig(**shape), machine, sequences, steps)
         first = first or speed
         print(f"{name:42} {speed:10,.0f} tokens/s  MFU {'not known' if share is None else f'{share:.1%}'}  "
               f"{speed / first:.3f} of the baseline")
@@ -199,26 +203,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180, help="of training for each of the two")
     parser.add_argument("--out", type=Path, default=Path("out"), help="course folder with tokenizer and data")
-    parser.add_argument("--rows", type=int, default=12, help="rows a step of the baseline (on a GPU: 32)")
+    parser.add_argument("--sequences", type=int, default=0, help="a step of the baseline (default: 12, on a GPU 32)")
     parser.add_argument("--speeds", action="store_true", help="also measure tokens/s, compiled and not, bf16 and fp32")
     parser.add_argument("--memory", action="store_true", help="also measure resident memory, early and late")
     parser.add_argument("--only", choices=("speeds", "memory"), help="measure nothing but this")
     parser.add_argument("--steps", type=int, default=500, help="last step at which memory is measured")
-    parser.add_argument("--context", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--device", help="cpu or cuda (default: the fastest there is)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--device", default="", help="cpu or cuda (default: the fastest there is)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile ours")
     flags = parser.parse_args()
-    asked = chapter4.TrainingConfig(device=flags.device, compile=False if flags.no_compile else None)
-    machine = chapter4.choose_machine(asked)
+    machine = chapter4.choose_machine(chapter4.TrainingConfig(device=flags.device, compile=not flags.no_compile))
     if machine.device.type == "cuda":
-        return compare_on_gpu(machine, 32 if flags.rows == 12 else flags.rows, steps=30)
+        return compare_on_gpu(machine, flags.sequences or 32, steps=30)
     data = Data(flags.out)
-    shape = {**chapter3.PRESETS["small"], "vocab_size": data.vocab_size, "context": flags.context}
-    shape = {**{name: getattr(GPTConfig(), name) for name in ("layers", "heads", "width")}, **shape}
-    print(f"{shape['layers']} layers of width {shape['width']}, context {shape['context']}, "
-          f"{torch.get_num_threads()} threads")
+    shape = shape_of("small", vocab_size=data.vocab_size, context=flags.context)
+    usual = GPTConfig(**shape)
+    print(f"{usual.layers} layers of width {usual.width}, context {usual.context}, {torch.get_num_threads()} threads")
     if flags.only is None:
-        compare(data, shape, machine, flags.seconds, flags.rows)
+        compare(data, shape, machine, flags.seconds, flags.sequences or 12)
     if flags.speeds or flags.only == "speeds":
         speeds(data, shape, machine, 24)
     if flags.memory or flags.only == "memory":

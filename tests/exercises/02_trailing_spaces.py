@@ -1,8 +1,13 @@
-"""Chapter 2, exercise 2: a cleaning rule that removes spaces at the ends of lines."""
+"""Chapter 2, exercise (b): a cleaning rule that removes spaces at the ends of lines; the run says how many texts it changed."""
+from collections import Counter
+
 CHAPTER = "02_data"
 OLD = 'RULES = {\n'
-NEW = 'RULES = {\n    "trailing spaces": lambda text: re.sub(r"[ \\t]+$", "", text, flags=re.M),\n'
+NEW = 'RULES = {\n    "spaces at line ends": lambda text: re.sub(r"[ \\t]+$", "", text, flags=re.M),\n'
 
 
 def check(chapter):
-    assert chapter.RULES["trailing spaces"]("a  \n  b\t\nc") == "a\n  b\nc"
+    text = "def double(value):  \n    return 2 * value\t\n"
+    changed = Counter()
+    cleaned = [text for _, text in chapter.clean([("train", text)], changed, Counter())]
+    assert cleaned == ["def double(value):\n    return 2 * value\n"] and changed == {"spaces at line ends": 1}

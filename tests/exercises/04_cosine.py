@@ -3,11 +3,11 @@ import math
 from types import SimpleNamespace
 
 CHAPTER = "04_train"
-OLD = "max(0.0, 1 - step / config.steps)"
+OLD = "(1 - step / config.steps)"
 NEW = "(0.5 + 0.5 * math.cos(math.pi * step / config.steps))"
 
 
 def check(chapter):
     config = SimpleNamespace(steps=100, warmup=10)
     for step in (10, 50, 75, 99):
-        assert math.isclose(chapter.lr_share(step, config), (1 + math.cos(math.pi * step / 100)) / 2)
+        assert math.isclose(chapter.lr_scale(step, config), (1 + math.cos(math.pi * step / 100)) / 2)
