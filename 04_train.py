@@ -300,9 +300,11 @@ def draw_curves(logs, path):
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
     columns = dict.fromkeys(chain.from_iterable(table.dtype.names for table in tables.values()))
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    for i, column in enumerate(list(columns)[3:], 1):              # after step, tokens, seconds
-        axis = figure.add_subplot(math.ceil(len(columns) / 4), 4, i, title=column)
+    columns = list(columns)[3:]                                    # after step, tokens, seconds
+    lines = math.ceil(len(columns) / 4)
+    figure = Figure(figsize=(13, 3 * lines), layout="constrained")
+    for i, column in enumerate(columns, 1):
+        axis = figure.add_subplot(lines, 4, i, title=column)
         for name, table in tables.items():
             if column in table.dtype.names:
                 known = np.isfinite(table[column])                 # held-out values are few

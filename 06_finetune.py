@@ -674,13 +674,13 @@ def open_conversations(config):
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
-    steps: int = 1800  # updates of the weights
+    steps: int = 1500  # updates of the weights
     lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
     matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 600  # steps between evaluations (each also saves)
+    eval_every: int = 500  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # JSON lines of your own, or dolly (default: tasks that can be checked)
-    examples: int = 40000  # tasks to learn from
+    examples: int = 36000  # tasks to learn from
     lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
     tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
