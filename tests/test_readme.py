@@ -73,7 +73,7 @@ def test_every_figure_is_shown():
 def test_the_readme_is_short_enough():
     lines = README.splitlines()
     prose = [line for line in re.sub(r"^```.*?^```", "", README, flags=re.M | re.S).splitlines() if line[:1] != "|"]
-    assert len(lines) <= 500
+    assert len(lines) <= 550
     assert max(map(len, prose)) <= 110, max(prose, key=len)
 
 
