@@ -183,6 +183,23 @@ def generate(model, prompts, config, vocab_size=None):
         yield new, logits
 
 
+def generate_all(model, prompts, config, ends, vocab_size=None):
+    """Return the new ids of each of the prompts, which may differ in length: up to one of `ends`,
+    which stays, or max_tokens of them. Prompts of equal length are written together."""
+    written = [[] for _ in prompts]
+    for length in set(map(len, prompts)):
+        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        going = group                                          # numbers of those not at their end
+        for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
+            for i, token in zip(group, new):
+                if i in going:
+                    written[i].append(token)
+            going = [i for i in going if written[i][-1] not in ends]
+            if not going:
+                break
+    return written
+
+
 # ---- Looking inside ------------------------------------------------------------------------------
 def explain(logits, chosen, tokenizer):
     """Return a line: the token, the entropy in bits, the five likeliest, before any filter. Entropy

@@ -19,6 +19,7 @@ Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2
 """
 import ast
 import builtins
+import copy
 import inspect
 import json
 import keyword
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -38,7 +39,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 chapter1 = import_module("01_tokenizer")
 chapter2 = import_module("02_data")
@@ -122,45 +122,52 @@ def show_mask(tokenizer, ids, learnt):
 # and r (in + out) weights instead of in x out. An adapter is a small file, and a large model needs
 # memory for fewer gradients and averages; at this size it saves neither time nor memory.
 def lora_formula(x, weight, a, b):
-    """Return what a linear layer with an adapter computes, x (T, in) -> (T, out)."""
-    return x @ weight.T + (x @ a.T) @ b.T                      # a (r, in), b (out, r)
+    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
+    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
+    return x @ changed.T
 
 
 class LoRA(nn.Module):
-    """The same for real: (x A^T) B^T = x (B A)^T, so B A can be added to the frozen weight W."""
+    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made."""
 
-    def __init__(self, weight, rank):
+    def __init__(self, linear, rank):
         super().__init__()
-        a = torch.randn(rank, weight.shape[1], device=weight.device)
-        self.a = nn.Parameter(a / math.sqrt(weight.shape[1]))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        out, size = linear.weight.shape
+        self.linear = linear                     # frozen
+        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
 
-    def forward(self, weight):
-        return weight + self.b @ self.a                        # at first, b is 0: nothing changes
+    def forward(self, x):
+        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
 
 
-def linear_layers(model):
-    return [layer for layer in model.layers.modules() if isinstance(layer, nn.Linear)]
+def find_layers(model, kind):
+    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
+    found = []
+    for module in model.layers.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, kind):
+                found.append((module, name, layer))
+    return found
 
 
 def add_lora(model, rank):
-    """Freeze a model; from now on, layer.weight is LoRA(weight) in each linear layer."""
+    """Freeze a model, and put an adapter beside each of its linear layers."""
     model.requires_grad_(False)
-    for layer in linear_layers(model):
-        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    for module, name, linear in find_layers(model, nn.Linear):
+        setattr(module, name, LoRA(linear, rank))
 
 
+@torch.no_grad()
 def merge_lora(model):
     """Return a model with the adapters, if it has any, added into its weights for good."""
-    if not parametrize.is_parametrized(linear_layers(model)[0]):
+    if not find_layers(model, LoRA):
         return model
-    state = {name: tensor for name, tensor in model.state_dict().items()
-             if "parametrizations" not in name}
-    for name, layer in model.named_modules():
-        if parametrize.is_parametrized(layer):
-            state[f"{name}.weight"] = layer.weight
-    merged = chapter3.GPT(model.config)
-    merged.load_state_dict(state)
+    merged = copy.deepcopy(model)
+    for module, name, lora in find_layers(merged, LoRA):
+        lora.linear.weight += lora.b @ lora.a
+        setattr(module, name, lora.linear)
     return merged
 
 
@@ -169,104 +176,104 @@ def merge_lora(model):
 # all. {a|b} is a or b. Capitals are slots: N, M a number; L a list of numbers; T, S a text; K a
 # constant; C a letter; P a property; Q a question. So that there is only one reading, another entry
 # may take the place of the last slot alone, as in "the square of the sum of x and y"; of those with
-# a star none may, as "the square of x plus 7" is two things.
+# a star none may, as "the square of x plus 7" is two things. A "/" parts the lines of a loop.
 GRAMMAR = """
-number     N + M                      the {sum|total} of N and M
-number     N - M                      the difference {of|between} N and M
-number     N * M                      the product of N and M
-number     max(N, M)                  the {larger|greater|bigger|maximum} of N and M
-number     min(N, M)                  the {smaller|lesser|minimum} of N and M
-number     abs(N - M)                 the {distance|absolute difference} {between|of} N and M
-number     N % K                      the remainder {of N divided by K|when N is divided by K}
-number*    N + K                      {N plus K|N increased by K|K more than N}
-number*    N - K                      {N minus K|N decreased by K|K less than N}
-number*    N * K                      {N times K|N multiplied by K|K times N}
-number     N ** 2                     the square of N
-number     N ** 3                     the {cube|third power} of N
-number     N * 2                      {the double of|twice} N
-number     abs(N)                     the absolute value of N
-number     -N                         the {negative|opposite} of N
-number     sum(L)                     the {sum|total} of {the|all} {items|elements} {of|in} L
-number     max(L)                     the {largest|biggest|greatest} {item|element} {of|in} L
-number     min(L)                     the {smallest|lowest} {item|element} {of|in} L
-number     len(L)                     the number of {items|elements} {of|in} L
-number     L[0]                       the first {item|element} {of|in} L
-number     L[-1]                      the last {item|element} {of|in} L
-number     len(T)                     {the length of|the number of characters in} T
-number*    T.count(C)                 {how often C occurs in|how many times C is in} T
-question   P                          whether N is P
-question   N > M                      whether N is {greater|larger|more} than M
-question   N == M                     whether N {equals|is equal to} M
-question   N in L                     whether N is {in|one of} L
-question   len(L) == 0                whether L is empty
-question   T == T[::-1]               whether T {is a palindrome|reads the same backwards}
-question   T.startswith(C)            whether T {starts|begins} with C
-question   C in T                     whether T {contains|has} C
-condition  N if Q else M              N if Q, {otherwise|else} M
-condition  K if Q else M              K if Q, {otherwise|else} M
-list       sorted(L)                  the sorted {items|elements} of L
-list       L[::-1]                    the reversed {items|elements} of L
-list       L[:K]                      the first K {items|elements} {of|in} L
-list       L[-K:]                     the last K {items|elements} {of|in} L
-list*      [item for item in L if P]  {the|all} {items|elements} {of|in} L that are P
-list*      [item * K for item in L]   {each|every} {item|element} {of|in} L times K
-list*      [item + K for item in L]   {each|every} {item|element} {of|in} L plus K
-list       [item ** 2 for item in L]  the squares of {the|all} {items|elements} {of|in} L
-text       T.upper()                  the upper case of T
-text       T.lower()                  the lower case of T
-text       T[::-1]                    the reverse of T
-text       T[:K]                      the first K {characters|letters} {of|in} T
-text       T[-K:]                     the last K {characters|letters} {of|in} T
-text*      T * K                      {K copies of T|T repeated K times}
-text*      T + S                      {T followed by S|T joined with S}
-text*      T.replace(C, '')           T without the letter C
-loop       L: total += item ** 2      the sum of the squares of the items {of|in} L
-loop       L: total += abs(item)      the sum of the absolute values of the items {of|in} L
-loop       L: if P: total += 1        how many {items|elements} {of|in} L are P
-loop       L: if P: total += item     the sum of the items {of|in} L that are P
-loop       T: if item.lower() in 'aeiou': total += 1  the number of vowels in T
+number    | N + M                     | the {sum|total} of N and M
+number    | N - M                     | the difference {of|between} N and M
+number    | N * M                     | the product of N and M
+number    | max(N, M)                 | the {larger|greater|bigger|maximum} of N and M
+number    | min(N, M)                 | the {smaller|lesser|minimum} of N and M
+number    | abs(N - M)                | the {distance|absolute difference} {between|of} N and M
+number    | N % K                     | the remainder {of N divided by K|when N is divided by K}
+number*   | N + K                     | {N plus K|N increased by K}
+number*   | N - K                     | {N minus K|N decreased by K}
+number*   | N * K                     | {N times K|N multiplied by K}
+number    | N ** 2                    | the square of N
+number    | abs(N)                    | the absolute value of N
+number    | sum(L)                    | the {sum|total} of {the|all} {items|elements} {of|in} L
+number    | max(L)                    | the {largest|biggest|greatest} {item|element} {of|in} L
+number    | min(L)                    | the {smallest|lowest} {item|element} {of|in} L
+number    | len(L)                    | the number of {items|elements} {of|in} L
+number    | L[0]                      | the first {item|element} {of|in} L
+number    | L[-1]                     | the last {item|element} {of|in} L
+number    | len(T)                    | {the length of|the number of characters in} T
+number*   | T.count(C)                | {how often C occurs in|how many times C is in} T
+property  | item % 2 == 0             | even
+property  | item % 2 == 1             | odd
+property  | item > 0                  | positive
+property  | item < 0                  | negative
+property  | item % K == 0             | divisible by K
+property  | item > K                  | {greater|larger|more} than K
+property  | item < K                  | {less|smaller} than K
+property  | item >= K                 | at least K
+property  | item <= K                 | at most K
+question  | P                         | whether N is P
+question  | N > M                     | whether N is {greater|larger|more} than M
+question  | N == M                    | whether N {equals|is equal to} M
+question  | N in L                    | whether N is {in|one of} L
+question  | T == T[::-1]              | whether T {is a palindrome|reads the same backwards}
+question  | T.startswith(C)           | whether T {starts|begins} with C
+question  | C in T                    | whether T {contains|has} C
+condition | N if Q else M             | N if Q, {otherwise|else} M
+list      | sorted(L)                 | the sorted {items|elements} of L
+list      | L[::-1]                   | the reversed {items|elements} of L
+list      | L[:K]                     | the first K {items|elements} {of|in} L
+list      | L[-K:]                    | the last K {items|elements} {of|in} L
+list*     | [item for item in L if P] | {the|all} {items|elements} {of|in} L that are P
+list*     | [item * K for item in L]  | {each|every} {item|element} {of|in} L times K
+list*     | [item + K for item in L]  | {each|every} {item|element} {of|in} L plus K
+list      | [item ** 2 for item in L] | the squares of {the|all} {items|elements} {of|in} L
+text      | T.upper()                 | the upper case of T
+text      | T.lower()                 | the lower case of T
+text      | T[::-1]                   | the reverse of T
+text      | T[:K]                     | the first K {characters|letters} {of|in} T
+text      | T[-K:]                    | the last K {characters|letters} {of|in} T
+text*     | T * K                     | K copies of T
+text*     | T + S                     | {T followed by S|T joined with S}
+loop      | for item in L:/ total += item ** 2 | the sum of the squares of the items {of|in} L
+loop      | for item in L:/ if P:/  total += 1 | how many {items|elements} {of|in} L are P
+loop      | for item in L:/ if P:/  total += item | the sum of the items {of|in} L that are P
+loop      | for item in T:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in T
 """
-PROPERTIES = [
-    ("even", "N % 2 == 0"), ("odd", "N % 2 == 1"), ("positive", "N > 0"), ("negative", "N < 0"),
-    ("divisible by K", "N % K == 0"), ("{greater|larger|more} than K", "N > K"),
-    ("{less|smaller} than K", "N < K"), ("at least K", "N >= K"), ("at most K", "N <= K"),
-]
-# In the last ones, WORD is any word: so it is learnt that the name stands before the bracket.
 PHRASINGS = """
 {Write|Define|Implement|Create|Make} {a|the} {|Python }function HEADER {that|which} returns ANSWER.
-{Please|Now} {write|define|create} {a function |the function |}HEADER {that|which} returns ANSWER.
-{Can|Could|Would} you {write|define|make} {a function |}HEADER {that|which} returns ANSWER?
-{I|We} {need|want|would like} {a function |the function |}HEADER {that|which} returns ANSWER.
+{Please|Now} {write|define|create} {|a function |the function }HEADER {that|which} gives ANSWER.
+{Can|Could|Would} you {write|define|make} {|a function }HEADER {that|which} returns ANSWER?
+{I|We} {need|want|would like} {|a function |the function }HEADER {that|which} computes ANSWER.
 {Write|Define|Code|Give me} HEADER{, which| so that it|; it} returns ANSWER.
 {Write|Create|Make} {a|the} function HEADER {to return|to get|for|returning} ANSWER.
-{The|A} function HEADER {should|must|has to|is to} give ANSWER.
-{Return|Give back} ANSWER {in|with|by} {a|the} function HEADER.
-{Write|Define|Make} a function {called|named} NAME {that|which} takes PARAMETERS and returns ANSWER.
-{Given|From|With} PARAMETERS, {write|define|make} {a|the} function NAME that returns ANSWER.
-{My program|Our module|The code} {needs|lacks} HEADER, which returns ANSWER.
-{Let|Make|Have} HEADER give ANSWER.
-{Task|To do|Exercise}: {a function |write |}HEADER {that returns|returning|for} ANSWER.
-{How|In what way} {do|can|would} {I|you|we} write HEADER to give ANSWER?
-{WORD|WORD WORD|WORD, WORD WORD} HEADER {WORD|WORD WORD|, WORD|;} ANSWER{.|?| WORD.|}
-{WORD WORD|WORD WORD, WORD} HEADER {WORD WORD|WORD|. WORD} ANSWER{.|!|. WORD WORD.}
-{WORD|WORD WORD} a function HEADER {WORD|WORD WORD} ANSWER{.|, WORD.}
-{WORD|WORD WORD|WORD: WORD} NAME {WORD|of|from} PARAMETERS {WORD|WORD WORD} ANSWER{.|; WORD.}
+{The|A} function HEADER {should|must|has to|is to} {return|give} ANSWER.
+{Return|Give back|Compute} ANSWER {in|with|by} {a|the} function HEADER.
+{My program|Our module|The code} {needs|lacks} HEADER, which {returns|calculates} ANSWER.
+{Let|Make|Have} HEADER {return|give} ANSWER.
+{Task|To do|Exercise}: {|a function |write }HEADER {that returns|returning|for} ANSWER.
+{How|In what way} {do|can|would} {I|you|we} write HEADER to {give|get} ANSWER?
 """
 NEW_PHRASINGS = """
 Show me a function HEADER whose result is ANSWER.
 Add HEADER to the program; calling it yields ANSWER.
-Help me with a function HEADER that works out ANSWER.
+Help me with HEADER, a function that works out ANSWER.
 What I am looking for is HEADER, and it should produce ANSWER.
-Build a function NAME of PARAMETERS that finds ANSWER.
+Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-USED = f"{GRAMMAR} {PROPERTIES} {PHRASINGS} {NEW_PHRASINGS}"
-Entry = namedtuple("Entry", "kind code words")
-Task = namedtuple("Task", "kind instruction description name types source constants parts")
-ENTRIES = [Entry(*re.split(r"\s{2,}", line)) for line in GRAMMAR.strip().splitlines()]
-TYPES = {"N": "number", "M": "number", "L": "list", "T": "text", "S": "text", "Q": "question"}
 SLOT = r"\b[NMLTSKCPQ]\b"
-RETURNS = ["returns", "gives", "computes", "calculates", "finds", "gives back", "gives me"]
+TYPES = {"N": "number", "M": "number", "L": "list", "T": "text", "S": "text"}
+INNER = {**TYPES, "P": "property", "Q": "question"}  # kinds of entries that may stand in a slot
+Entry = namedtuple("Entry", "kind code words")
+ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
+
+
+@dataclass
+class Task:
+    """An instruction, and its reference: a function that does what it asks for."""
+    name: str
+    parts: list  # the code of its entry, or of two, one in the other
+    types: dict = field(default_factory=dict)  # {parameter: its type}
+    constants: list = field(default_factory=list)  # (code of an entry, value in it)
+    description: str = ""
+    source: str = ""
+    instruction: str = ""
 
 
 def vary(text, chooser):
@@ -280,106 +287,102 @@ def fill(text, values):
     >>> fill("max(N, M)", {"N": "x", "M": "7"})
     'max(x, 7)'
     """
-    return re.sub(SLOT, lambda found: values.get(found[0], found[0]), text)
+    return re.sub(SLOT, lambda found: values[found[0]], text)
 
 
-def lay_out(entry, code):
-    """Return the body of a function, a line for each block that ": " opens.
-
-    >>> lay_out(Entry("loop", "", ""), "x: if item: total += 1").splitlines()[1:-1]
-    ['    for item in x:', '        if item:', '            total += 1']
-    """
-    if entry.kind != "loop":
-        return f"    return {code}"
-    *opening, last = f"for item in {code}".split(": ")
-    lines = ["    total = 0"]
-    for depth, part in enumerate(opening, 1):
-        lines.append("    " * depth + part + ":")
-    return "\n".join([*lines, "    " * (depth + 1) + last, "    return total"])
+def draw_constant(slot, code, chooser):
+    """Return a letter for the slot C, a number for K; where it counts items or divides, a few."""
+    if slot == "C":
+        return repr(chooser.choice(string.ascii_lowercase))
+    if re.search(r"\[|%|T", code):
+        return str(chooser.randrange(2, 11))
+    return str(chooser.randrange(101))
 
 
-def fill_in(entry, inside, types, constants, names, chooser):
-    """Return (code, description) of an entry with its slots filled.
-
-    inside: {slot: (code, description)} of what takes a slot's place. What is drawn besides is added
-    to types, {parameter: type}, and to constants, [(code of its entry, value)].
-    """
-    codes, texts = {}, {}
+def compose(entry, task, names, chooser):
+    """Return (code, description) of an entry, its slots filled; the task notes with what."""
     words = vary(entry.words, chooser)
-    for slot in dict.fromkeys(re.findall(SLOT, words)):
-        if slot in inside:
-            codes[slot], texts[slot] = inside[slot]
+    slots = re.findall(SLOT, words)
+    codes, texts = {}, {}
+    for slot in slots:
+        inner = [other for other in ENTRIES if other.kind == INNER.get(slot)]
+        is_last = slot == slots[-1] and len(task.parts) == 1
+        if slot in "PQ" or inner and is_last and chooser.random() < 0.8:
+            part = chooser.choice(inner)
+            if slot != "P":
+                task.parts.append(part.code)
+            code, text = compose(part, task, names, chooser)
+            if slot == "P":
+                code = code.replace("item", codes.get("N", "item"))            # x % 2 == 0
+            codes[slot] = f"({code})"
+            texts[slot] = text.removeprefix("whether ")
         elif slot in TYPES:
             codes[slot] = texts[slot] = names.pop()
-            types[codes[slot]] = TYPES[slot]
-        elif slot == "P":
-            words_of_it, test = chooser.choice(PROPERTIES)
-            value = {"K": str(chooser.randrange(2, 11))}
-            if "%" not in test:
-                value = {"K": str(chooser.randrange(101))}
-            texts[slot] = fill(vary(words_of_it, chooser), value)
-            codes[slot] = fill(test, {"N": codes.get("N", "item"), **value})
-            if "K" in test:
-                constants.append((entry.code + test, value["K"]))
+            task.types[codes[slot]] = TYPES[slot]
         else:
-            value = chooser.randrange(101)
-            if slot == "C":
-                value = chooser.choice(string.ascii_lowercase)
-            elif re.search(r"\[|%|T \*", entry.code):          # so many items: rather few
-                value = chooser.randrange(2, 11)
-            codes[slot] = texts[slot] = repr(value)
-            constants.append((entry.code, codes[slot]))
+            codes[slot] = texts[slot] = draw_constant(slot, entry.code, chooser)
+            task.constants.append((entry.code, codes[slot]))
     return fill(entry.code, codes), fill(words, texts)
 
 
-def draw_task(words, phrasings, chooser):
-    """Return a Task: an entry, or two in one, with names out of `words`, in some phrasing."""
-    entry = chooser.choice(ENTRIES)
-    parts = [entry.code]
-    name, *names = chooser.sample(words, 8)
+def header_of(task):
+    """Return the first line of the function that a task asks for."""
+    return f"def {task.name}({', '.join(task.types)}):"
+
+
+def phrase(task, phrasing, noise, chooser):
+    """Return an instruction: a phrasing with the task's header and description in it.
+
+    noise: words that take the place of some others, or of all. From them a model learns to look for
+    the header and the description, wherever they stand, and not to lean on the rest.
+    """
+    share = chooser.choice([0, 0, 0.2, 0.5, 1])
+
+    def word(found):
+        if found[0] == "HEADER":
+            return header_of(task)[4:-1]
+        if found[0] == "ANSWER":
+            return task.description
+        if noise and chooser.random() < share:
+            return " ".join(chooser.sample(noise, chooser.choice([1, 1, 2])))
+        return found[0]
+
+    text = re.sub("[A-Za-z]+", word, vary(phrasing, chooser))
+    return text[0].upper() + text[1:]
+
+
+def draw_task(names, phrasings, noise, chooser):
+    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
+    entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
+    name, *parameters = chooser.sample(names, 6)
     if chooser.random() < 0.25:
-        names = chooser.sample(string.ascii_lowercase, 8)
-    types, constants, inside = {}, [], {}
-    last = "Q" if "Q" in entry.code else entry.words[-1]
-    within = [other for other in ENTRIES if other.kind == TYPES.get(last)]
-    if within and (last == "Q" or chooser.random() < 0.8):
-        other = chooser.choice(within)
-        parts.append(other.code)
-        code, text = fill_in(other, {}, types, constants, names, chooser)
-        inside[last] = f"({code})", text.removeprefix("whether ")
-        numbers = [parameter for parameter in types if types[parameter] == "number"]
-        if last == "Q" and numbers:                            # x if x is greater than ...
-            inside["N"] = numbers[0], numbers[0]
-    code, description = fill_in(entry, inside, types, constants, names, chooser)
-    parameters = list(types)
-    if chooser.random() < 0.3:
-        chooser.shuffle(parameters)
-    header = f"{name}({', '.join(parameters)})"
-    source = f"def {header}:\n{lay_out(entry, code)}"
-    source = ast.unparse(ast.parse(source))                    # without needless brackets
-    asked = vary(chooser.choice(phrasings), chooser)
-    others = [word for word in chooser.sample(words, 12) if word not in (name, *parameters)]
-    asked = re.sub("WORD", lambda found: chooser.choice(others), asked)
-    values = {"HEADER": header, "NAME": name, "PARAMETERS": " and ".join(parameters),
-              "ANSWER": description, "returns": chooser.choice(RETURNS)}
-    asked = re.sub("|".join(values), lambda found: values[found[0]], asked)
-    types = {parameter: types[parameter] for parameter in parameters}
-    kind = "nested" if len(parts) == 2 else entry.kind.strip("*")
-    return Task(kind, asked, description, name, types, source, constants, parts)
+        parameters = chooser.sample(string.ascii_lowercase, 6)
+    task = Task(name, [entry.code])
+    code, task.description = compose(entry, task, parameters, chooser)
+    if chooser.random() < 0.3:                                 # parameters in another order
+        task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
+    lines = [f"return {code}"]
+    if entry.kind == "loop":
+        lines = ["total = 0", *code.split("/"), "return total"]
+    source = "\n ".join([header_of(task), *lines])
+    task.source = ast.unparse(ast.parse(source))               # without needless brackets
+    task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
+    return task
 
 
+# ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
     """Tell by a hash whether a name, a constant of an entry, or a pair of entries is held out."""
     return zlib.crc32(repr(what).encode()) % 8 == 0
 
 
-def draw_tasks(words, count, seed, phrasings=PHRASINGS, new=""):
+def draw_tasks(words, count, seed, phrasings=PHRASINGS, new="", noise=()):
     """Return tasks in which nothing is held out, but for `new`: "constants" or "combinations"."""
     chooser = random.Random(seed)
-    tasks = []
     lines = phrasings.strip().splitlines()
+    tasks = []
     while len(tasks) < count:
-        task = draw_task(words, lines, chooser)
+        task = draw_task(words, lines, noise, chooser)
         has_new_constant = any(is_held_out(*constant) for constant in task.constants)
         has_new_pair = len(task.parts) == 2 and is_held_out(*task.parts)
         if (has_new_constant, has_new_pair) == (new == "constants", new == "combinations"):
@@ -402,21 +405,24 @@ def conversation_of(task):
 
 
 def split_words(tokenizer):
-    """Return (words to learn with, words held out): lower-case words of Python's train modules.
+    """Return (names to learn with, names held out, all other words) of Python's train modules.
 
-    A word is held out only if the others have all of its tokens: a token that training never copies
+    A name is held out only if the others have all of its tokens: a token that training never copies
     is hard to copy.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
-            counts.update(set(re.findall(r"\b[a-z]{3,10}\b", text)))
-    reserved = {*keyword.kwlist, *dir(builtins), *re.findall(r"[a-z]+", USED)}
-    common = [word for word in sorted(counts) if counts[word] > 7 and word not in reserved]
-    words = [word for word in common if not is_held_out(word)]
-    known = set(chain.from_iterable(tokenizer.encode(f" {word}({word}") for word in words))
-    return words, [word for word in common if is_held_out(word)
-                   and known.issuperset(tokenizer.encode(f" {word}({word}"))]
+            counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
+    common = [word for word in sorted(counts) if counts[word] > 7]
+    content = {*re.findall("[a-z]{4,}", GRAMMAR)}
+    noise = [word for word in common if word not in content and not is_held_out(word)]
+    used = {*keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
+    fit = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
+    names = [word for word in fit if not is_held_out(word)]
+    known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}") for name in names))
+    return names, [word for word in fit if is_held_out(word)
+                   and known.issuperset(tokenizer.encode(f" {word}({word}"))], noise
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
@@ -441,11 +447,6 @@ def is_allowed(node):
     return type(node).__name__ in SYNTAX
 
 
-def header_of(task):
-    """Return the first line of the function that a task asks for."""
-    return f"def {task.name}({', '.join(task.types)}):"
-
-
 def read_answer(task, answer):
     """Return the verdict on an answer as it is written, or "" where it has to be run."""
     try:
@@ -463,29 +464,28 @@ def read_answer(task, answer):
 
 
 def draw_arguments(task, count=100):
-    """Return lists of arguments for a task, half of them near its constants.
-
-    One list has few different numbers and letters, so that equal ones meet: else a near miss, > for
-    >= say, would pass.
-    """
+    """Return lists of arguments for a task: of few different values, so that equal ones meet, and
+    often near its constants. Else a near miss, > for >= say, would pass."""
     chooser = random.Random(task.instruction)
-    numbers = [*range(-9, 10), *[-1, 0, 1, 2] * 4]
-    letters = [*string.ascii_lowercase, *"aeiouAB    "]
-    near = []
+    pools = [[*range(-9, 10)], [-1, 0, 1, 2]]
+    sizes = [0, 1, 2, 3, 5, 30]
+    letters = string.ascii_lowercase + "aeiouAB    "
     for _, value in task.constants:
-        letters += value[1:-1] * 5                             # of "'a'"
         if value.isdigit():
-            near += [int(value) - 1, int(value), int(value) + 1, 2 * int(value)]
-    sizes = [0, 1, 2, 3, 5, 30] + [size for size in near if 0 < size < 30]
+            near = int(value)
+            pools += [[near - 1, near, near + 1, 2 * near]] * 2
+            sizes += [min(near, 30), min(near + 1, 30)]
+        else:
+            letters += value[1] * 5                            # of "'a'"
     draws = []
     for _ in range(count):
         few = chooser.choice([1, 2, 3, 4, 20])
-        some = chooser.choices(chooser.choice([numbers, near or numbers]), k=few)
+        numbers = chooser.choices(chooser.choice(pools), k=few)
         signs = chooser.choices(letters, k=few)
         arguments = []
         for kind in task.types.values():
             size = chooser.choice(sizes)
-            values = {"number": chooser.choice(some), "list": chooser.choices(some, k=size),
+            values = {"number": chooser.choice(numbers), "list": chooser.choices(numbers, k=size),
                       "text": "".join(chooser.choices(signs, k=size))}
             arguments.append(values[kind])
         draws.append(arguments)
@@ -498,6 +498,13 @@ def run_in_child():
     import faulthandler
     import json
     import sys
+
+    def outcome(function, arguments):
+        """Return what comes out, as text, which tells 1 from True and 1.0, or the error."""
+        try:
+            return repr(function(*arguments))
+        except Exception as error:
+            return error
 
     try:
         import resource                                        # not on Windows
@@ -514,17 +521,12 @@ def run_in_child():
             functions.append(space[name])
         verdict, cases = "pass", 0
         for arguments in draws:
-            try:
-                expected = repr(functions[0](*arguments))
-            except (ArithmeticError, LookupError, ValueError):
+            expected, got = [outcome(function, arguments) for function in functions]
+            if isinstance(expected, Exception):
                 continue                                       # the first item of an empty list
             cases += 1
-            try:                         # repr tells 1 from True and from 1.0, inside of lists too
-                if repr(functions[1](*arguments)) != expected:
-                    verdict = "wrong value"
-            except Exception:
-                verdict = "error"
-            if verdict != "pass":
+            if got != expected:
+                verdict = "error" if isinstance(got, Exception) else "wrong value"
                 break
         if verdict == "pass" and cases < 10:
             verdict = "error"
@@ -560,27 +562,13 @@ def judge(tasks, answers, ended):
 
 # ---- Counting ------------------------------------------------------------------------------------
 def answer_tasks(model, tokenizer, tasks, ends, temperature=0.0):
-    """Return (answers, verdicts) of a model; prompts of equal length are answered together."""
+    """Return (answers, verdicts) of a model."""
     settings = chapter5.Config(max_tokens=100, temperature=temperature)
     prompts = [chapter5.render_chat(tokenizer, conversation_of(task)[:1]) for task in tasks]
-    groups = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        groups[len(prompt)].append(number)
-    written = [[] for _ in tasks]
-    for numbers in groups.values():
-        going = set(numbers)
-        together = [prompts[number] for number in numbers]
-        for new, _ in chapter5.generate(model, together, settings, tokenizer.vocab_size):
-            for number, token in zip(numbers, new):
-                if number in going:
-                    written[number].append(token)
-            going = {number for number in going if written[number][-1] not in ends}
-            if not going:
-                break
-    ended = [ids[-1] in ends for ids in written]
-    answers = []
-    for ids in written:
-        answers.append(tokenizer.decode([i for i in ids if i not in ends]))
+    answers, ended = [], []
+    for ids in chapter5.generate_all(model, prompts, settings, ends, tokenizer.vocab_size):
+        ended.append(ids[-1] in ends)
+        answers.append(tokenizer.decode(ids[:-1] if ended[-1] else ids))
     return answers, judge(tasks, answers, ended)
 
 
@@ -607,15 +595,12 @@ def show_table(results):
 
 def show_results(model, tokenizer, tasks, ends):
     """Run the answers to {what is new: tasks}, print two of each, and the table."""
-    results, everything = {}, []
+    results = {}
     for new, some in tasks.items():
-        everything += some
         answers, results[new] = answer_tasks(model, tokenizer, some, ends)
         for task, answer in list(zip(some, answers))[:2]:
             print(f"\n> {task.instruction}\n{answer}")
-    results["all"] = [*chain.from_iterable(results.values())]
-    warm = chapter5.CHAT_TEMPERATURE
-    _, results[f"all, temperature {warm}"] = answer_tasks(model, tokenizer, everything, ends, warm)
+    results["all"] = list(chain.from_iterable(results.values()))
     show_table(results)
 
 
@@ -674,13 +659,13 @@ def open_conversations(config):
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
-    steps: int = 1500  # updates of the weights
-    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
-    matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 500  # steps between evaluations (each also saves)
+    steps: int = 2400  # updates of the weights
+    lr: float = 4e-3  # AdamW's learning rate: lower than in chapter 4, as there is less to change
+    matrix_lr: float = 8e-3  # Muon's learning rate for matrices
+    eval_every: int = 800  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # JSON lines of your own, or dolly (default: tasks that can be checked)
-    examples: int = 36000  # tasks to learn from
+    examples: int = 48000  # tasks to learn from
     lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
     tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
@@ -747,10 +732,10 @@ def judge_examples(model, machine, sequences, bytes_of):
 
 def make_conversations(config, tokenizer):
     """Return (conversations to learn from, some with new names, {what is new: held-out tasks})."""
-    words, new_words = split_words(tokenizer)
-    learnt = draw_tasks(words, config.examples, config.seed)
-    held_out = draw_tasks(new_words, 200, config.seed)
-    tasks = held_out_tasks(words, new_words, config.tasks, config.tasks_seed)
+    names, new_names, noise = split_words(tokenizer)
+    learnt = draw_tasks(names, config.examples, config.seed, noise=noise)
+    held_out = draw_tasks(new_names, 200, config.seed)
+    tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
     return map(conversation_of, learnt), map(conversation_of, held_out), tasks
 
 

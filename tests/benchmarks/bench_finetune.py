@@ -117,8 +117,10 @@ def show_kinds(tasks, verdicts):
     """Print pass@1 by kind of task; of two in one also by its outer part."""
     found = defaultdict(list)
     for task, verdict in zip(tasks, verdicts):
-        found[task.kind].append(verdict)
-        if len(task.parts) == 2:
+        kinds = {entry.code: entry.kind.strip("*") for entry in chapter6.ENTRIES}
+        is_nested = len(task.parts) == 2
+        found["nested" if is_nested else kinds[task.parts[0]]].append(verdict)
+        if is_nested:
             found[f"  {task.parts[0]}"].append(verdict)
     print("\npass@1 by kind, greedy; indented: the outer of two in one, where some fail")
     for kind, some in sorted(found.items()):
@@ -161,7 +163,7 @@ def read_sentences(path):
             name = re.search(r"(\w+)\(", instruction) or re.search(r"\b(?:called|named) (\w+)", instruction)
             source = f"def {name[1]}({', '.join(types)}):\n    return {code}"
             constants = [("own", value) for value in re.findall(r"\b\d+\b|'[a-z]'", code)]
-            tasks.append(chapter6.Task("own", instruction, "", name[1], types, source, constants, ["own"]))
+            tasks.append(chapter6.Task(name[1], ["own"], types, constants, "", source, instruction))
     return tasks
 
 
@@ -240,13 +242,13 @@ def main():
     device = chapter4.choose_device(flags.device)
     base, tokenizer, base_ends = chapter5.open_model(run["init"] or flags.out / "base", device)
     tuned, tokenizer_of_chat, ends = chapter5.open_model(flags.out / "chat", device)
-    words, new_words = chapter6.split_words(tokenizer_of_chat)
+    words, new_words, noise = chapter6.split_words(tokenizer_of_chat)
     tasks = chapter6.held_out_tasks(words, new_words, flags.tasks, seed)
     if flags.transformers:
         return compare_with_transformers(flags.out / "chat", list(chain.from_iterable(tasks.values()))[::4][:flags.transformers])
     results, start = {}, time.time()
     if not flags.only_sentences:
-        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"])
+        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"], noise=noise)
         if chapter1.CHAT_START in tokenizer.special_tokens:
             results = show_before(base, tokenizer, base_ends, tasks, training)
         results |= show_after(tuned, tokenizer_of_chat, ends, tasks, training)
