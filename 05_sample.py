@@ -20,11 +20,10 @@ Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Carlini et al. 20
 import codecs
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -33,8 +32,6 @@ chapter2 = import_module("02_data")
 chapter3 = import_module("03_model")
 chapter4 = import_module("04_train")
 CourseError = chapter1.CourseError
-CHAT_START = chapter1.CHAT_START
-CHAT_END = chapter1.CHAT_END
 
 # Legend
 #   V        vocabulary; logits (V) are the scores of all tokens; other letters: see chapter 3
@@ -49,51 +46,41 @@ CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
 class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
     prompt: str = "def"  # text to go on from; no space at its end: most tokens begin with theirs
-    prompt_file: str = ""  # read the prompt from this file
     max_tokens: int = 200  # tokens to write at most
     temperature: float = 0.8  # below 1 sharper, above flatter, 0 the likeliest; to chat, 0.2
     top_k: int = 0  # draw among the k likeliest only (0: all)
     top_p: float = 1.0  # draw among the likeliest that together have this probability (1: all)
-    samples: int = 1  # texts to write, one after the other
-    seed: int = 1  # of the first text's draws; the others have seed + 1, seed + 2, ...
-    chat: bool = False  # talk: /reset forgets, Ctrl-C stops an answer, Ctrl-D ends
-    system: str = ""  # instruction at the start of a chat
+    samples: int = 1  # write so many texts after the same prompt: each draws other tokens
+    seed: int = 1  # which random numbers the first text draws by; the others by seed + 1, + 2, ...
+    chat: bool = False  # talk with it: /reset forgets, Ctrl-D ends
     explain: bool = False  # show the five likeliest tokens at each position, and the entropy
     score: str = ""  # show where this text file surprises the model, and bits per byte
     heatmap: str = ""  # draw the attention over the prompt's tokens to this file
-    heatmap_layers: list[int] = field(default_factory=list)  # default: first, middle, last
-    heatmap_heads: list[int] = field(default_factory=list)  # default: the first four
     device: str = ""  # cpu, cuda, mps (default: the fastest there is)
     out: str = "out"  # root folder of the course
 
 
 # ---- From scores to one token --------------------------------------------------------------------
+# softmax(scores)    .50 .30 .15 .05      each is e^score over the sum of all e^score
+# temperature 0.5    .68 .25 .06 .01      the scores over 0.5: so all to the power of 1 / 0.5
+# temperature 2      .38 .29 .21 .12
+# top-k 3            .53 .32 .16   0      the three likeliest
+# top-p 0.7          .62 .38   0   0      the likeliest, till they have more than 0.7 together
 def keep_top_k(logits, k):
-    """Leave the k highest scores, set the others to minus infinity, which softmax makes 0.
-
-    >>> keep_top_k(torch.tensor([1., 3., 2.]), 2)
-    tensor([-inf, 3., 2.])
-    """
+    """Leave the k highest scores; set the others to minus infinity, which softmax makes 0."""
     order = logits.argsort(descending=True)
     return logits.index_fill(0, order[k:], -math.inf)
 
 
 def keep_top_p(logits, p):
-    """Leave the likeliest tokens: the fewest that together have a probability of more than p.
-
-    Of .5 .3 .15 .05, p = 0.7 leaves .5 and .3: before the third, .8 are together already.
-    """
+    """Leave the likeliest tokens: the fewest that together have a probability of more than p."""
     chances, order = logits.softmax(-1).sort(descending=True)
-    before = chances.cumsum(-1) - chances                      # (V): 0 .5 .8 .95
+    before = chances.cumsum(-1) - chances                      # (V): 0 .50 .80 .95
     return logits.index_fill(0, order[before > p], -math.inf)
 
 
 def next_token(logits, config, generator=None):
-    """Choose an id: a pure function of scores (V), settings and the generator's state.
-
-    Scores divided by a temperature t are probabilities to the power of 1 / t, once softmax has made
-    them add up to 1 again: of .5 .3 .2, t = 0.5 makes .66 .24 .10, t = 2 makes .42 .32 .26.
-    """
+    """Choose an id: a pure function of scores (V), settings and the generator's state."""
     if config.temperature == 0:
         return int(logits.argmax())
     logits = logits / config.temperature
@@ -108,7 +95,8 @@ def next_token(logits, config, generator=None):
 def window_start(length, context):
     """Return where the model's view of a text of `length` tokens begins.
 
-    Past the context it moves by half of that at a time: after a move, all in view is read anew.
+    It sees `context` tokens at most, so the oldest drop out. Those that stay then stand at other
+    positions and must be read anew, all of them: so half drop out at once, and rarely.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -161,9 +149,9 @@ class KVCache:
 def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), again and again.
 
-    prompts: lists of ids of equal length. Stream i draws with seed + i, whoever else is being
-    written. Ids from vocab_size on only pad the model's table and are not drawn. The caller knows
-    which streams have ended; when it has seen enough, it stops asking.
+    prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: so alike on any
+    device, whoever else is being written. Ids from vocab_size on only pad the model's table and are
+    not drawn. The caller knows which streams have ended; when it has seen enough, it stops asking.
     """
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     texts = as_batch(model, prompts)                                           # (B, T)
@@ -175,9 +163,7 @@ def generate(model, prompts, config, vocab_size=None):
             unread = texts[:, window_start(texts.shape[1], context):]
         logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
         logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)
-        new = []
-        for scores, generator in zip(logits, generators):
-            new.append(next_token(scores, config, generator))
+        new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
         unread = as_batch(model, new)[:, None]                 # (B, 1): the cache has the others
         texts = torch.cat((texts, unread), dim=1)
         yield new, logits
@@ -200,7 +186,7 @@ def generate_all(model, prompts, config, ends, vocab_size=None):
     return written
 
 
-# ---- Looking inside ------------------------------------------------------------------------------
+# ---- Looking at it: what the model thinks --------------------------------------------------------
 def explain(logits, chosen, tokenizer):
     """Return a line: the token, the entropy in bits, the five likeliest, before any filter. Entropy
     is the surprise to expect: 0 if the model is sure, 1 for a coin, 12 for 4,096 at random."""
@@ -234,24 +220,24 @@ def attention_maps(model, ids):
 
 def draw_heatmap(model, tokenizer, ids, config):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
+    if Path(config.heatmap).suffix not in ("", ".png", ".svg"):
+        raise CourseError(f"--heatmap {config.heatmap}: a picture's name ends in .png or .svg")
     ids = ids[:64]                                             # more could not be read
-    maps = attention_maps(model, ids).cpu()                    # (L, H, T, T)
+    maps = attention_maps(model, ids).numpy(force=True)        # (L, H, T, T)
     L, H, T, _ = maps.shape
-    layers = config.heatmap_layers or sorted({0, L // 2, L - 1})
-    heads = config.heatmap_heads or range(min(4, H))
-    if max(layers) >= L or max(heads) >= H:
-        raise CourseError(f"--heatmap: this model has {L} layers and {H} heads, counted from 0")
-    names = [repr(tokenizer.decode([i])).replace("$", r"\$") for i in ids]     # $ begins a formula
+    layers = sorted({0, L // 2, L - 1})                        # edit this to see others
+    heads = min(4, H)
+    names = [repr(tokenizer.decode([i])) for i in ids]
     side = 1.5 + 0.17 * T                                      # inches
-    figure = Figure(figsize=(side * len(heads), side * len(layers)), layout="constrained")
-    axes = figure.subplots(len(layers), len(heads), squeeze=False)
+    figure = Figure(figsize=(side * heads, side * len(layers)), layout="constrained")
+    axes = figure.subplots(len(layers), heads, squeeze=False)
     for layer, row in zip(layers, axes):
-        for head, axis in zip(heads, row):
+        for head, axis in enumerate(row):
             picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
             axis.set_title(f"layer {layer}, head {head}")
-            axis.set_xticks(range(T), names, rotation=90)
-            axis.set_yticks(range(T), names)
-    figure.colorbar(picture, ax=axes, label="weight of the token below")
+            axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
+            axis.set_yticks(range(T), names, parse_math=False)
+    figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
     chapter1.save_figure(figure, config.heatmap)
     print(f"drew {config.heatmap}: how much the token on the left looks at the one below")
 
@@ -264,28 +250,25 @@ def score(model, ids):
     bits = []
     for start in range(0, len(ids) - 1, T):                    # the model sees T at a time
         piece = as_batch(model, [ids[start:start + T + 1]])                    # (1, T + 1)
-        logits = model(piece[:, :-1])[0].float()                               # (T, V)
+        logits = model(piece[:, :-1])[0]                                       # (T, V)
         losses = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")     # (T)
         bits += (losses / math.log(2)).tolist()                # -ln p -> -log2 p
     return bits
 
 
 def show_score(model, tokenizer, ids):
-    """Print a text; on a terminal, the more bits a token costs, the redder it is."""
+    """Print each token beside its bits, and the bits per byte: what a text costs as a whole."""
     bits = score(model, ids)
-    pieces = [tokenizer.decode([i]) for i in ids[1:]]
-    reds = [16 + 36 * min(int(cost / 2), 5) for cost in bits]  # a terminal's, from black on
-    print(chapter1.show_tokens(pieces, reds))
-    for cost, piece in sorted(zip(bits, pieces), reverse=True)[:5]:
-        print(f"{cost:5.1f} bits: {piece!r}")
-    size = len(tokenizer.decode_bytes(ids[1:]))
-    print(f"{sum(bits) / max(1, size):.3f} bits per byte")
+    for i, cost in zip(ids[1:], bits):
+        print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
+    size = len(tokenizer.decode_bytes(ids[1:])) or 1
+    print(f"{sum(bits) / size:.3f} bits per byte")
 
 
 def memorisation(ids, tokens):
     """Return the length of the longest run of ids that stands in tokens too.
 
-    >>> memorisation([5, 1, 2, 3, 9], np.array([0, 1, 2, 3, 4]))
+    >>> memorisation([5, 1, 2, 3, 9], torch.tensor([0, 1, 2, 3, 4]))
     3
     """
     # A character for each token, and Python's `in` does the search: seconds for 10^7 tokens.
@@ -305,13 +288,13 @@ def write(model, tokenizer, ids, config, ends):
     characters = codecs.getincrementaldecoder("utf-8")("replace")
     written = []
     for (token,), logits in generate(model, [ids], config, tokenizer.vocab_size):
-        if config.explain:
-            print(explain(logits[0], token, tokenizer), end="")
         if token in ends:
             break
         written.append(token)
-        if not config.explain:
-            print(characters.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+        shown = characters.decode(tokenizer.decode_bytes([token]))
+        if config.explain:
+            shown = explain(logits[0], token, tokenizer)
+        print(shown, end="", flush=True)
     print()
     return written
 
@@ -320,8 +303,7 @@ def write(model, tokenizer, ids, config, ends):
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 
 def encode_chat(tokenizer, messages):
@@ -332,32 +314,32 @@ def encode_chat(tokenizer, messages):
         <|im_start|>assistant
         Hello!<|im_end|>                                       of this line all but the line end
     """
-    start, end = tokenizer.special_tokens[CHAT_START], tokenizer.special_tokens[CHAT_END]
+    start = tokenizer.special_tokens[chapter1.CHAT_START]
+    end = tokenizer.special_tokens[chapter1.CHAT_END]
     newline = tokenizer.encode("\n")
     ids, learnt = [], []
     for message in messages:
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
         said = [*tokenizer.encode(message["content"].strip()), end]    # no text becomes a special
-        is_answer = message["role"] == "assistant"
-        for part, learn in ((opening, False), (said, is_answer), (newline, False)):
-            ids += part
-            learnt += [learn] * len(part)
+        ids += opening + said + newline
+        learnt += [False] * len(opening)
+        learnt += [message["role"] == "assistant"] * len(said)
+        learnt += [False] * len(newline)
     return ids, learnt
 
 
 def render_chat(tokenizer, messages):
     """Return the ids of a chat, ready for the assistant's next words."""
     ids, _ = encode_chat(tokenizer, messages)
-    return ids + [tokenizer.special_tokens[CHAT_START], *tokenizer.encode("assistant\n")]
+    return ids + [tokenizer.special_tokens[chapter1.CHAT_START], *tokenizer.encode("assistant\n")]
 
 
 def chat(model, tokenizer, config, ends):
     """Talk in the terminal until Ctrl-D. In a full context, what is oldest is forgotten."""
-    if tokenizer.special_tokens.get(CHAT_END) not in ends:
+    if tokenizer.special_tokens.get(chapter1.CHAT_END) not in ends:
         raise CourseError("this model has not learnt to chat: 06_finetune.py makes one that has")
-    opening = [{"role": "system", "content": config.system}] if config.system else []
     messages = []
-    print("Ask away (/reset forgets what was said, Ctrl-C stops an answer, Ctrl-D ends).")
+    print("Ask away (/reset forgets what was said, Ctrl-D ends).")
     while True:
         try:
             question = input("> ").strip()
@@ -369,43 +351,50 @@ def chat(model, tokenizer, config, ends):
             continue
         asked = messages + [{"role": "user", "content": question}]
         room = model.config.context // 2                       # the other half is for the answer
-        while len(ids := render_chat(tokenizer, opening + asked)) > room and len(asked) > 1:
+        while asked and len(ids := render_chat(tokenizer, asked)) > room:
             asked = asked[2:]                                  # the oldest question and its answer
-        if len(ids) > room:
+        if not asked:
             print(f"(too long: a question may have {room} tokens)")
             continue
-        try:
-            written = write(model, tokenizer, ids, config, ends)
-        except KeyboardInterrupt:
-            print("\n(stopped; this question is forgotten)")
-            continue
+        written = write(model, tokenizer, ids, config, ends)
         messages = asked + [{"role": "assistant", "content": tokenizer.decode(written)}]
 
 
 # ---- The script ----------------------------------------------------------------------------------
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ({"chat", "score", "heatmap"}, {"chat", "score", "prompt", "prompt_file"}):
-        if len(group & given.keys()) > 1:
-            raise CourseError(f"choose one of these flags: {', '.join(sorted(group))}")
-    if given.keys() & {"heatmap_layers", "heatmap_heads"} and "heatmap" not in given:
-        raise CourseError("--heatmap-layers and --heatmap-heads belong to --heatmap FILE")
-    return {"temperature": CHAT_TEMPERATURE} if given.get("chat") else {}
+    for group in ({"chat", "score", "heatmap", "samples"}, {"chat", "score", "prompt"}):
+        found = sorted(group & given.keys())
+        if len(found) > 1:
+            raise CourseError(f"these flags do nothing together: {', '.join(found)}")
+    return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
 
 
 def show_copied(written, tokenizer, folder):
-    """Say how much the model knows by heart: a question of privacy, and of licences."""
-    try:
+    """Print how much of a text the model knows by heart: a question of privacy, and of licences."""
+    if (folder / "meta.json").exists():
         tokens, meta = chapter2.open_tokens(folder, "train")
-    except CourseError:
-        return
-    if meta["fingerprint"] == tokenizer.fingerprint():
-        longest = memorisation(written, tokens[:10_000_000])
-        print(f"[copied from the training data: {longest} tokens at a stretch]")
+        if meta["fingerprint"] == tokenizer.fingerprint():
+            longest = memorisation(written, tokens[:10_000_000])
+            print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
-def complete(model, tokenizer, ids, config, ends):
-    """Write after the ids of a prompt; say how fast, and how much is copied."""
+def main(config):
+    """Talk, score, draw or go on with a text, as the flags say."""
+    folder = config.model or Path(config.out, "chat" if config.chat else "base")
+    model, tokenizer, ends = open_model(folder, chapter4.choose_device(config.device))
+    if config.chat:
+        return chat(model, tokenizer, config, ends)
+    text = Path(config.score).read_text(encoding="utf-8") if config.score else config.prompt
+    ids = tokenizer.encode(text)
+    if tokenizer.first is not None:
+        ids = [tokenizer.first, *ids]
+    if not ids:
+        raise CourseError("the text is empty: give the model a word to go on from")
+    if config.score:
+        return show_score(model, tokenizer, ids)
+    if config.heatmap:
+        return draw_heatmap(model, tokenizer, ids, config)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
         start = time.perf_counter()
@@ -415,28 +404,7 @@ def complete(model, tokenizer, ids, config, ends):
         show_copied(written, tokenizer, Path(config.out, "data"))
 
 
-def main(config):
-    """Complete, talk, score or draw, as the flags say."""
-    usual = Path(config.out) / ("chat" if config.chat else "base")
-    device = chapter4.choose_device(config.device)
-    model, tokenizer, ends = open_model(config.model or usual, device)
-    if config.chat:
-        return chat(model, tokenizer, config, ends)
-    file = config.score or config.prompt_file
-    text = Path(file).read_text(encoding="utf-8") if file else config.prompt
-    ids = tokenizer.encode(text)
-    if tokenizer.first is not None:
-        ids = [tokenizer.first, *ids]
-    if config.score:
-        return show_score(model, tokenizer, ids)
-    if not ids:
-        raise CourseError("the prompt is empty: give the model a word to go on from")
-    if config.heatmap:
-        return draw_heatmap(model, tokenizer, ids, config)
-    complete(model, tokenizer, ids, config, ends)
-
-
-# ---- Tools ---------------------------------------------------------------------------------------
+# ---- Tools: opening a folder ---------------------------------------------------------------------
 def open_model(folder, device, context=0):
     """Return (model, tokenizer, ids that end a text) of a folder. Raises CourseError."""
     model = chapter3.GPT.load(folder, context).eval().to(device)
@@ -447,10 +415,10 @@ def open_model(folder, device, context=0):
     ends = tokenizer.special_tokens.get(tokenizer.end)
     settings = Path(folder, "generation_config.json")
     if settings.exists():
-        found = chapter1.read_json(settings, "04_train.py")
+        found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
         ends = found.get("eos_token_id") if isinstance(found, dict) else None
     ends = ends if isinstance(ends, list) else [ends]
-    return model, tokenizer, set(ends) - {None}
+    return model, tokenizer, {i for i in ends if isinstance(i, int)}
 
 
 if __name__ == "__main__":
