@@ -346,7 +346,7 @@ def learnable(step):
 
 def train_some(machine, model, folder, saved=None, batch=learnable, **changes):
     """Train by chapter 4's loop. Returns the log and what was printed."""
-    config = chapter4.TrainingConfig(**{"steps": 24, "batch_tokens": 512, "micro_batch": 4, "eval_every": 12, "warmup": 2, **changes})
+    config = chapter4.TrainingConfig(**{"steps": 16, "batch_tokens": 512, "micro_batch": 4, "eval_every": 8, "warmup": 2, **changes})
 
     with redirect_stdout(io.StringIO()) as printed, mock.patch.object(chapter4, "draw_curves"):
         log = chapter4.train(model, batch, config, machine, Path(folder), lambda model: (1.0, 1.0, ""), lambda model: None, saved)
@@ -396,7 +396,7 @@ def check_adapters_learn(machine):
 def resume(machine, **changes):
     """Compare a run that stops and goes on with one that does not, dropout included."""
     def ends(step):
-        if step == 15:                                         # saved after 12
+        if step == 11:                                         # saved after 8
             raise Enough
         return learnable(step)
 
@@ -408,7 +408,7 @@ def resume(machine, **changes):
         steps = len(saved["log"])
         log, _ = train_some(machine, small_model(machine, seed=5, dropout=0.1), Path(folder) / "two", saved, **changes)
     apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(log, whole))
-    return steps == 12 and len(log) == 24 and apart < 0.01, f"losses {apart:.1e} apart after {steps} + {len(log) - steps} steps"
+    return steps == 8 and len(log) == 16 and apart < 0.01, f"losses {apart:.1e} apart after {steps} + {len(log) - steps} steps"
 
 
 def check_resume(machine):
