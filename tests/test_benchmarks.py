@@ -49,10 +49,9 @@ def test_what_is_wrong_fails(monkeypatch, capsys):
 
 def test_every_variant_is_measured(tmp_path):
     for variant in bench_gpu.VARIANTS:
-        flags = bench_gpu.parse([*PLAIN, "--micro-batch", "2", "--accumulate", "2", "--steps", "2"])
-        row = bench_gpu.measure(variant, replace(MACHINE, precision="bf16"), flags)
+        row = bench_gpu.measure(variant, replace(MACHINE, precision="bf16"), bench_gpu.parse(PLAIN))
         assert 0 < row["tokens/s"] < math.inf and 0 < row["first step, s"] < math.inf and row["remark"] == ""
-    assert bench_gpu.make_model("nanogpt", True).layers[0].input_layernorm.bias is None
+    assert bench_gpu.make_model("nanogpt", "gpu", True).layers[0].input_layernorm.bias is None
 
 
 def test_a_variant_without_memory_or_time_is_a_row_of_the_table(monkeypatch, tmp_path, capfd):
@@ -60,7 +59,7 @@ def test_a_variant_without_memory_or_time_is_a_row_of_the_table(monkeypatch, tmp
         raise torch.OutOfMemoryError("out of memory")
     monkeypatch.setattr(bench_gpu, "measure", full)
     flags = bench_gpu.parse([*PLAIN, "--variants", "nanogpt", "blocks", "--result", str(tmp_path / "row.json")])
-    assert "out of memory at 32" in bench_gpu.measure_here("blocks", MACHINE, flags)["remark"]
+    assert "out of memory at 2 sequences" in bench_gpu.measure_here("blocks", MACHINE, flags)["remark"]
     assert "out of memory" in flags.result.read_text()
     flags.seconds = 1
     bench_gpu.show_rows(bench_gpu.measure_all(MACHINE, flags, PLAIN), flags)
@@ -84,8 +83,14 @@ def test_what_the_course_found_is_told():
     assert told == "   tasks  pass@1  no end\n  new names 150 90%\n  chapter 4's"
 
 
+def test_presets_give_the_step():
+    for preset, expected in (("modern-124m", (1024, 32, 4)), ("gpu", (256, 128, 1))):
+        flags = bench_gpu.parse(["--preset", preset])
+        assert (flags.context, flags.micro_batch, flags.accumulate) == expected
+
+
 def test_operations_a_token_are_those_of_chapter_3(capsys):
-    model = bench_gpu.make_model("auto", True)
+    model = bench_gpu.make_model("auto", "modern-124m", True)
     bench_gpu.chapter3.show_parts(model.config)
     told = float(re.search(r"([\d.,]+) MFLOP", capsys.readouterr().out)[1])
     assert bench_gpu.flops_of(model) / 1e6 == pytest.approx(told, rel=0.2)       # the norms, which are few, count there

@@ -4,11 +4,12 @@ Run:    python tests/benchmarks/bench_gpu.py                     speeds at 124 m
         python tests/benchmarks/bench_gpu.py --checks            also what has to be equal or finite there, a minute
         python tests/benchmarks/bench_gpu.py --course --out gpu  also the six scripts with their default flags
         python tests/benchmarks/bench_gpu.py --variants --checks nothing but the checks
+        python tests/benchmarks/bench_gpu.py --preset gpu        speeds of the shape that is trained there by default
         python tests/benchmarks/bench_gpu.py --tiny --device cpu --no-compile --checks     tries the parts without a GPU
 Prints: tokens/s, TFLOP/s, share of the chip's peak (MFU), memory and seconds to the first step, for each kind of
         attention and for nanoGPT's settings; a line ok or FAILED for each check; all in one table at the end.
 
-Ours is chapter 3's preset modern-124m under chapter 4's `train`: Muon and AdamW, the numbers of each step fetched.
+Ours is a preset of chapter 3, modern-124m, under chapter 4's `train`: Muon and AdamW, the numbers of each step fetched.
 nanoGPT's settings, in chapter 3's parts: LayerNorm without bias, learned positions, GELU, tied embeddings, fused
 attention, AdamW for all weights, in a loop that waits for nothing. Both: bf16, torch.compile, the same micro-batches
 of random tokens, clipping, 20 steps after 5; the median counts. Each variant has a process of its own, so that one
@@ -41,7 +42,6 @@ NAMES = ("01_tokenizer", "02_data", "03_model", "04_train", "05_sample", "06_fin
 chapter1, chapter2, chapter3, chapter4, chapter5, chapter6 = map(import_module, NAMES)
 GPT, GPTConfig, CourseError = chapter3.GPT, chapter3.GPTConfig, chapter1.CourseError
 
-PRESET = "modern-124m"
 NANOGPT = dict(norm="layernorm", positions="learned", mlp="gelu", qk_norm=False, norm_eps=1e-5, attention="fused")
 TINY = dict(vocab_size=320, context=64, layers=2, heads=2, width=32)
 VARIANTS = ["auto", "nanogpt", "formula", "blocks", "fused"]
@@ -84,9 +84,9 @@ class Stopwatch:
         return [begin.elapsed_time(end) / 1000 for begin, end in zip(times, times[1:])]
 
 
-def make_model(variant, tiny):
-    """Return a model of the preset, with nanoGPT's settings if that is the variant."""
-    shape = {name: value for name, value in chapter3.PRESETS[PRESET].items() if name in chapter3.SHAPE}
+def make_model(variant, preset, tiny):
+    """Return a model of a preset, with nanoGPT's settings if that is the variant."""
+    shape = {name: value for name, value in chapter3.PRESETS[preset].items() if name in chapter3.SHAPE}
     if tiny:
         shape.update(TINY)
     shape.update(NANOGPT if variant == "nanogpt" else {"attention": variant})
@@ -113,9 +113,8 @@ def peak_of(machine):
 
 def train_ours(model, batch, machine, flags, watch):
     """Train by chapter 4's loop. Returns what it printed."""
-    values = {name: value for name, value in chapter3.PRESETS[PRESET].items() if name not in chapter3.SHAPE}
-    config = chapter4.TrainingConfig(**{**values, "batch_tokens": flags.accumulate * flags.micro_batch * model.config.context,
-                                        "micro_batch": flags.micro_batch, "eval_every": 10**9})
+    values = {name: value for name, value in chapter3.PRESETS[flags.preset].items() if name not in chapter3.SHAPE}
+    config = chapter4.TrainingConfig(**{**values, "micro_batch": flags.micro_batch, "eval_every": 10**9})
 
     def marked(step):
         watch.mark(step)
@@ -153,7 +152,7 @@ def train_nanogpt(model, batch, machine, flags, watch):
 def measure(variant, machine, flags):
     """Return a row of the table: how fast a variant trains, and what it takes."""
     watch = Stopwatch(machine.device)
-    model = make_model(variant, flags.tiny).to(machine.device)
+    model = make_model(variant, flags.preset, flags.tiny).to(machine.device)
     T, V = model.config.context, model.config.vocab_size
     R = flags.micro_batch * flags.accumulate
     tokens = np.random.default_rng(0).integers(V, size=2**22, dtype=np.uint16)
@@ -198,8 +197,7 @@ def measure_here(variant, machine, flags):
 
 def measure_all(machine, flags, argv):
     """Return {variant: row}; what auto stands for is measured once."""
-    context = TINY["context"] if flags.tiny else chapter3.PRESETS[PRESET]["context"]
-    stands_for = chapter3.choose_attention("auto", context, machine.device)
+    stands_for = chapter3.choose_attention("auto", flags.context, machine.device)
     rows = {}
     end = time.monotonic() + flags.seconds
     for variant in flags.variants:
@@ -215,7 +213,7 @@ def measure_all(machine, flags, argv):
 def show_rows(rows, flags):
     """Print the table of variants, and what was hoped for."""
     columns = {"tokens/s": "12,.0f", "TFLOP/s": "9.1f", "MFU": "8.1%", "GB": "8.1f", "first step, s": "15.1f"}
-    print(f"\n{'tiny shape' if flags.tiny else PRESET}, {flags.accumulate} micro-batches of {flags.micro_batch} sequences a step")
+    print(f"\n{'tiny shape' if flags.tiny else flags.preset}, {flags.accumulate} micro-batches of {flags.micro_batch} sequences a step")
     print("attention   " + "".join(f"{name:>{re.match('[0-9]+', width)[0]}}" for name, width in columns.items())
           + "   of nanoGPT's  goal")
     for variant, row in rows.items():
@@ -484,7 +482,7 @@ def check_time_of_optimizers(machine):
     """At 124 million parameters, a step of 524,288 tokens takes a fast GPU 0.5 s."""
     if machine.device.type != "cuda":
         return True, "not tried: only on CUDA"
-    model = make_model("auto", tiny=False).to(machine.device)
+    model = make_model("auto", "modern-124m", tiny=False).to(machine.device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     found = {}
@@ -612,8 +610,9 @@ def parse(argv):
     parser.add_argument("--checks", action="store_true", help="check what has to be equal, or finite")
     parser.add_argument("--course", action="store_true", help="run the six scripts with their default flags in --out")
     parser.add_argument("--out", type=Path, default=Path("out-gpu"), help="root folder of --course")
-    parser.add_argument("--micro-batch", type=int, default=32, help="sequences at once")
-    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches a step")
+    parser.add_argument("--preset", default="modern-124m", choices=chapter3.PRESETS, help="whose shape and settings to measure")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences at once (default: the preset's)")
+    parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step (default: the preset's, 4 at most)")
     parser.add_argument("--steps", type=int, default=20, help=f"steps that count, after {WARM} that do not")
     parser.add_argument("--seconds", type=float, default=150, help="for the speed of all variants; who comes late is left out")
     parser.add_argument("--check-seconds", type=float, default=60, help="for the checks")
@@ -623,7 +622,14 @@ def parse(argv):
     parser.add_argument("--no-compile", action="store_true", help="do not compile")
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one in this process")
     parser.add_argument("--result", type=Path, help="file for its row")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    preset = chapter3.PRESETS[flags.preset]
+    flags.context = preset.get("context", GPTConfig.context)
+    if flags.tiny:
+        flags.context, flags.micro_batch, flags.accumulate, flags.steps = TINY["context"], 2, 2, 2
+    flags.micro_batch = flags.micro_batch or preset["micro_batch"]
+    flags.accumulate = flags.accumulate or min(4, preset["batch_tokens"] // (flags.micro_batch * flags.context))
+    return flags
 
 
 def main(argv):
@@ -633,8 +639,6 @@ def main(argv):
         print("no GPU here, so nothing to measure; --tiny --device cpu --no-compile tries the parts")
         return 0
     begin = time.monotonic()
-    if flags.tiny:
-        flags.micro_batch, flags.accumulate, flags.steps = 2, 2, 2
     settings = chapter4.TrainingConfig(device=flags.device or "cuda", compile=not flags.no_compile)
     machine = chapter4.choose_machine(settings)
     if flags.variant:
