@@ -31,8 +31,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_all_checks_are_ok(monkeypatch, capsys):
-    """All of torch.compile but the C++ compiler, which takes half a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """Of torch.compile only what reads the code: the compilers behind it take half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert bench_gpu.main([*FLAGS, "--variants", "--checks"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match("(ok|FAILED|left out) ", line)]
     assert len(lines) == len(bench_gpu.CHECKS) and all(line.startswith("ok ") for line in lines), lines
