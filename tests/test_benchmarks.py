@@ -34,8 +34,9 @@ def test_all_checks_are_ok(monkeypatch, capsys):
     """Of torch.compile only what reads the code: the compilers behind it take half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert bench_gpu.main([*FLAGS, "--variants", "--checks"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match("(ok|FAILED|left out) ", line)]
-    assert len(lines) == len(bench_gpu.CHECKS) and all(line.startswith("ok ") for line in lines), lines
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match("(ok|FAILED|told|left out) ", line)]
+    assert len(lines) == len(bench_gpu.CHECKS) and all(line.startswith(("ok ", "told ")) for line in lines), lines
+    assert sum(line.startswith("ok ") for line in lines) == len(lines) - 3      # a time, and two that only CUDA tells
 
 
 def test_what_is_wrong_fails(monkeypatch, capsys):

@@ -213,7 +213,8 @@ def measure_all(machine, flags, argv):
 def show_rows(rows, flags):
     """Print the table of variants, and what was hoped for."""
     columns = {"tokens/s": "12,.0f", "TFLOP/s": "9.1f", "MFU": "8.1%", "GB": "8.1f", "first step, s": "15.1f"}
-    print(f"\n{'tiny shape' if flags.tiny else flags.preset}, {flags.accumulate} micro-batches of {flags.micro_batch} sequences a step")
+    shape = "tiny shape" if flags.tiny else flags.preset
+    print(f"\n{shape}: steps of {flags.accumulate} x {flags.micro_batch} sequences of {flags.context} tokens")
     print("attention   " + "".join(f"{name:>{re.match('[0-9]+', width)[0]}}" for name, width in columns.items())
           + "   of nanoGPT's  goal")
     for variant, row in rows.items():
@@ -300,7 +301,8 @@ def check_logits_equal_the_cpus(machine):
 def check_held_out_loss_equals_the_cpus(machine):
     tokens, sizes = random_ids(1, 2000)[0].numpy().astype(np.uint16), torch.ones(320, dtype=torch.int64)
     with exactly():
-        found = [chapter4.evaluate(small_model(where), where, tokens, sizes) for where in (replace(machine, precision="fp32"), CPU)]
+        places = [replace(machine, precision="fp32"), CPU]
+        found = [chapter4.evaluate(small_model(place), place, tokens, sizes) for place in places]
     apart = max(abs(a / b - 1) for a, b in zip(*found))
     return apart < 1e-4, f"{apart:.1e} apart"
 
@@ -344,10 +346,13 @@ def learnable(step):
 
 def train_some(machine, model, folder, saved=None, batch=learnable, **changes):
     """Train by chapter 4's loop. Returns the log and what was printed."""
-    config = chapter4.TrainingConfig(**{"steps": 16, "batch_tokens": 512, "micro_batch": 4, "eval_every": 8, "warmup": 2, **changes})
+    config = chapter4.TrainingConfig(**{"steps": 16, "micro_batch": 4, "eval_every": 8, "warmup": 2, **changes})
+
+    def judge(model):
+        return 1.0, 1.0, ""
 
     with redirect_stdout(io.StringIO()) as printed, mock.patch.object(chapter4, "draw_curves"):
-        log = chapter4.train(model, batch, config, machine, Path(folder), lambda model: (1.0, 1.0, ""), lambda model: None, saved)
+        log = chapter4.train(model, batch, config, machine, Path(folder), judge, lambda model: None, saved)
     return log, printed.getvalue()
 
 
@@ -406,7 +411,8 @@ def resume(machine, **changes):
         steps = len(saved["log"])
         log, _ = train_some(machine, small_model(machine, seed=5, dropout=0.1), Path(folder) / "two", saved, **changes)
     apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(log, whole))
-    return steps == 8 and len(log) == 16 and apart < 0.01, f"losses {apart:.1e} apart after {steps} + {len(log) - steps} steps"
+    text = f"losses {apart:.1e} apart after {steps} + {len(log) - steps} steps"
+    return steps == 8 and len(log) == 16 and apart < 0.01, text
 
 
 def check_resume(machine):
@@ -415,18 +421,6 @@ def check_resume(machine):
 
 def check_resume_in_fp16(machine):
     return resume(replace(machine, precision="fp16"), optimizer="adamw")
-
-
-def check_compiled_equals_uncompiled(machine):
-    if not machine.compile:
-        return True, "not tried: --no-compile"
-    exact = replace(machine, precision="fp32")
-    with exactly(), tempfile.TemporaryDirectory() as folder:
-        plain, _ = train_some(replace(exact, compile=False), small_model(machine, std=0.02), folder, steps=4)
-        log, printed = train_some(exact, small_model(machine, std=0.02), folder, steps=4)
-    apart = max(abs(a[name] / b[name] - 1) for a, b in zip(log, plain) for name in ("loss", "grad_norm"))
-    remark = "NOT COMPILED, " if "not compiled" in printed else ""
-    return apart < 0.01 and not remark, f"{remark}losses and gradients {apart:.1e} apart"
 
 
 def check_batches_arrive_whole(machine):
@@ -446,7 +440,7 @@ def check_batches_arrive_whole(machine):
 
 
 def check_time_of_a_batch(machine):
-    """No more than a tenth of what a step of so many tokens takes on a fast GPU, 0.5 s."""
+    """Told, not judged: a step of so many tokens takes a fast GPU 0.5 s."""
     tokens = np.random.default_rng(0).integers(320, size=2**20, dtype=np.uint16)
     best = {"get_batch": math.inf, "the copy": math.inf}
     for step in range(4):
@@ -466,7 +460,7 @@ def check_time_of_a_batch(machine):
             list(machine.split([ids], 32))
             text += f"; {name}, it waits {1e3 * (time.perf_counter() - start):.1f} ms for a busy GPU"
             torch.cuda.synchronize()
-    return sum(best.values()) < 0.05, text
+    return None, text
 
 
 def check_orthogonalise(machine):
@@ -479,9 +473,9 @@ def check_orthogonalise(machine):
 
 
 def check_time_of_optimizers(machine):
-    """At 124 million parameters, a step of 524,288 tokens takes a fast GPU 0.5 s."""
+    """Told, not judged: at this size, a step of 524,288 tokens takes a fast GPU 0.5 s."""
     if machine.device.type != "cuda":
-        return True, "not tried: only on CUDA"
+        return None, "not tried: only on CUDA"
     model = make_model("auto", "modern-124m", tiny=False).to(machine.device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -494,7 +488,7 @@ def check_time_of_optimizers(machine):
             optimizer.step()
         torch.cuda.synchronize()
         found[name] = (time.perf_counter() - start) / 5
-    return sum(found.values()) < 0.05, ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found.items())
+    return None, "124 million parameters: " + ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found.items())
 
 
 def check_advice_where_memory_is_full(machine):
@@ -511,7 +505,7 @@ def check_advice_where_memory_is_full(machine):
 
 def check_memory_stays_the_same(machine):
     if machine.device.type != "cuda":
-        return True, "not tried: only CUDA tells"
+        return None, "not tried: only CUDA tells"
     seen = {}
 
     def watching(step):
@@ -523,15 +517,27 @@ def check_memory_stays_the_same(machine):
     return seen[39] <= 1.01 * seen[3], f"{seen[3] / 1e6:.1f} MB at step 4, {seen[39] / 1e6:.1f} MB at step 40"
 
 
+def check_compiled_equals_uncompiled(machine):
+    if not machine.compile:
+        return None, "not tried: --no-compile"
+    exact = replace(machine, precision="fp32")
+    with exactly(), tempfile.TemporaryDirectory() as folder:
+        plain, _ = train_some(replace(exact, compile=False), small_model(machine, std=0.02), folder, steps=4)
+        log, printed = train_some(exact, small_model(machine, std=0.02), folder, steps=4)
+    apart = max(abs(a[name] / b[name] - 1) for a, b in zip(log, plain) for name in ("loss", "grad_norm"))
+    remark = "NOT COMPILED, " if "not compiled" in printed else ""
+    return apart < 0.01 and not remark, f"{remark}losses and gradients {apart:.1e} apart"
+
+
 CPU = chapter4.Machine(torch.device("cpu"), "fp32", False)
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
 def run_checks(machine, seconds):
-    """Run all checks, print a line for each; return how many were ok and how many failed."""
+    """Run all checks, print a line for each; return {verdict: how many}. "told" is neither right nor wrong."""
     print(f"\nchecks on {machine.device}")
     plain = replace(machine, compile=False)
-    counts = {"ok": 0, "FAILED": 0, "left out": 0}
+    counts = {"ok": 0, "FAILED": 0, "told": 0, "left out": 0}
     end = time.monotonic() + seconds
     for check in CHECKS:
         start = time.monotonic()
@@ -543,7 +549,7 @@ def run_checks(machine, seconds):
                 ok, text = check(machine if check is check_compiled_equals_uncompiled else plain)
             except Exception as error:
                 ok, text = False, f"{type(error).__name__}: {error}".splitlines()[0]
-            verdict = "ok" if ok else "FAILED"
+            verdict = {True: "ok", False: "FAILED", None: "told"}[ok]
         counts[verdict] += 1
         print(f"{verdict:8} {name:40} {text} ({time.monotonic() - start:.1f} s)", flush=True)
     return counts
@@ -554,7 +560,8 @@ COURSE = {  # script: its flags in a tiny run; by default it runs without any
     "01_tokenizer.py": ["--source", str(Path(encodings.__file__).parent), "--vocab-size", "600"],
     "02_data.py": ["--workers", "1"],
     "03_model.py": [],
-    "04_train.py": ["--steps", "20", "--layers", "1", "--width", "32", "--heads", "2", "--batch-tokens", "512", "--eval-every", "10"],
+    "04_train.py": ["--steps", "20", "--layers", "1", "--width", "32", "--heads", "2", "--batch-tokens", "512",
+                    "--eval-every", "10"],
     "05_sample.py": ["--max-tokens", "20"],
     "06_finetune.py": ["--steps", "4", "--examples", "100", "--tasks", "1", "--batch-tokens", "512"],
 }
