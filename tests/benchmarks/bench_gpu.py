@@ -2,7 +2,7 @@
 
 Run:    python tests/benchmarks/bench_gpu.py                     speeds at 124 million parameters, 150 s at most
         python tests/benchmarks/bench_gpu.py --checks            also what has to be equal or finite there, a minute
-        python tests/benchmarks/bench_gpu.py --course --out gpu  also the six scripts with their default flags
+        python tests/benchmarks/bench_gpu.py --course            also the six scripts with their default flags
         python tests/benchmarks/bench_gpu.py --variants --checks nothing but the checks
         python tests/benchmarks/bench_gpu.py --preset gpu        speeds of the shape that is trained there by default
         python tests/benchmarks/bench_gpu.py --tiny --device cpu --no-compile --checks     tries the parts without a GPU
@@ -616,7 +616,7 @@ def parse(argv):
     parser.add_argument("--variants", nargs="*", default=VARIANTS, choices=VARIANTS, help="whose speed to measure (none: none)")
     parser.add_argument("--checks", action="store_true", help="check what has to be equal, or finite")
     parser.add_argument("--course", action="store_true", help="run the six scripts with their default flags in --out")
-    parser.add_argument("--out", type=Path, default=Path("out-gpu"), help="root folder of --course")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="root folder of --course")
     parser.add_argument("--preset", default="modern-124m", choices=chapter3.PRESETS, help="whose shape and settings to measure")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences at once (default: the preset's)")
     parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step (default: the preset's, 4 at most)")
