@@ -3,8 +3,7 @@
 Run:    python tests/benchmarks/bench_training.py                     both for 180 s on out/data (CPU)
         python tests/benchmarks/bench_training.py --speeds --memory   also tokens/s, and memory at steps 10 and 500
         python tests/benchmarks/bench_training.py --seconds 10 --only speeds
-On CUDA it measures models of 124 million parameters instead: tokens/s and MFU of attention by hand, of the
-fused kernel, and of the GPT-2 baseline.
+All on the CPU; for a GPU there is bench_gpu.py.
 Prints: bits per byte of both on the whole validation split, their ratio, tokens/s, and when ours passed the
         baseline's last loss. Seconds are those of training steps, compiling included, evaluations left out.
 
@@ -34,8 +33,6 @@ chapter1, chapter2, chapter3, chapter4 = map(import_module, ("01_tokenizer", "02
 GPT, GPTConfig = chapter3.GPT, chapter3.GPTConfig
 NANOGPT = dict(norm="layernorm", positions="learned", mlp="gelu", bias=False, qk_norm=False, tied=True, norm_eps=1e-5,
                attention="fused")
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "V100": 125,
-         "T4": 65}  # 10^12 operations a second at 16 bits, without sparsity, as their makers state
 
 
 class Data:
@@ -158,69 +155,25 @@ def memory(data, shape, machine, steps):
           f"ratio {seen[steps] / seen[10]:.3f}")
 
 
-def gpu_speed(config, machine, sequences, steps):
-    """Return (tokens/s, share of the GPU's peak or None) of training a model on random tokens."""
-    torch.manual_seed(1)
-    model = GPT(config).to(machine.device)
-    settings = chapter4.TrainingConfig(matrix_lr=1e-4, steps=steps)                        # AdamW's is 1e-3
-    optimizers = chapter4.make_optimizers(model, settings).values()
-    objective = torch.compile(chapter4.Objective(model), disable=not machine.compile)
-    ids = torch.randint(50257, (sequences, config.context + 1), device=machine.device)
-    for step in range(-3, steps):
-        if step == 0:
-            torch.cuda.synchronize()
-            start = time.time()
-        with machine.autocast():
-            loss = objective(ids[:, :-1], ids[:, 1:])[0]
-        (loss / ids[:, 1:].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-    torch.cuda.synchronize()
-    speed = steps * sequences * config.context / (time.time() - start)
-    peak = next((peak * 1e12 for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()), None)
-    multiplied = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "positions" not in name)
-    flops = 6 * (multiplied + config.layers * config.heads * config.head_width * config.context)    # a token
-    return speed, peak and flops * speed / peak
-
-
-def compare_on_gpu(machine, sequences, steps):
-    """Print tokens/s and MFU at 124 million parameters, T = 1024."""
-    runs = {"GPT-2 baseline: fused, vocabulary 50,304": shape_of("gpt2", vocab_size=50304, attention="fused"),
-            **{f"{preset}, attention {kind}": shape_of(preset, attention=kind)
-               for preset in ("gpt2", "modern-124m") for kind in ("blocks", "fused")}}
-    first = None
-    for name, shape in runs.items():
-        speed, share = gpu_speed(GPTConfig(**shape), machine, sequences, steps)
-        first = first or speed
-        print(f"{name:42} {speed:10,.0f} tokens/s  MFU {'not known' if share is None else f'{share:.1%}'}  "
-              f"{speed / first:.3f} of the baseline")
-        torch.cuda.empty_cache()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180, help="of training for each of the two")
     parser.add_argument("--out", type=Path, default=Path("out"), help="course folder with tokenizer and data")
-    parser.add_argument("--sequences", type=int, default=0, help="a step of the baseline (default: 12, on a GPU 32)")
+    parser.add_argument("--sequences", type=int, default=12, help="a step of the baseline")
     parser.add_argument("--speeds", action="store_true", help="also measure tokens/s, compiled and not, bf16 and fp32")
     parser.add_argument("--memory", action="store_true", help="also measure resident memory, early and late")
     parser.add_argument("--only", choices=("speeds", "memory"), help="measure nothing but this")
     parser.add_argument("--steps", type=int, default=500, help="last step at which memory is measured")
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--device", default="", help="cpu or cuda (default: the fastest there is)")
     parser.add_argument("--no-compile", action="store_true", help="do not compile ours")
     flags = parser.parse_args()
-    machine = chapter4.choose_machine(chapter4.TrainingConfig(device=flags.device, compile=not flags.no_compile))
-    if machine.device.type == "cuda":
-        return compare_on_gpu(machine, flags.sequences or 32, steps=30)
+    machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", compile=not flags.no_compile))
     data = Data(flags.out)
     shape = shape_of("small", vocab_size=data.vocab_size, context=flags.context)
     usual = GPTConfig(**shape)
     print(f"{usual.layers} layers of width {usual.width}, context {usual.context}, {torch.get_num_threads()} threads")
     if flags.only is None:
-        compare(data, shape, machine, flags.seconds, flags.sequences or 12)
+        compare(data, shape, machine, flags.seconds, flags.sequences)
     if flags.speeds or flags.only == "speeds":
         speeds(data, shape, machine, 24)
     if flags.memory or flags.only == "memory":
