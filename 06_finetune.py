@@ -344,7 +344,7 @@ def phrase(task, phrasing, noise, chooser):
         if found[0] == "ANSWER":
             return task.description
         if noise and chooser.random() < share:
-            return " ".join(chooser.sample(noise, chooser.choice([1, 1, 2])))
+            return " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
         return found[0]
 
     text = re.sub("[A-Za-z]+", word, vary(phrasing, chooser))

@@ -1,7 +1,7 @@
 """Chapter 6, exercise (b): a kind of task of one's own. One line of the grammar: what it returns, its code, its description."""
 CHAPTER = "06_finetune"
 OLD = 'GRAMMAR = """\n'
-NEW = OLD + "number     max(L) - min(L)            the {spread|range} of {the|all} {items|elements} {of|in} L\n"
+NEW = OLD + "number | max(L) - min(L) | the {spread|range} of {the|all} {items|elements} {of|in} L\n"
 LETTERS = "bdfgklmnprstvz"
 WORDS = [f"{first}a{second}o" for first in LETTERS for second in LETTERS]
 
