@@ -132,7 +132,7 @@ def test_gpt2_kind(tokenizer):
     gpt2 = foreign(tokenizer, model, pre_tokenizer=SPELL, post_processor=SPELL, added_tokens=[end])
     assert gpt2.encode(TEXT) == encode_by_definition(tokenizer, TEXT, chapter1.GPT2_PATTERN) != tokenizer.encode(TEXT)
     assert gpt2.end == "<|endoftext|>" and gpt2.vocab_size == 308 and b"<|endoftext|>" not in gpt2.tokens
-    for names, end in ("<s> </s>", "</s>"), ("<|begin_of_text|> <|end_of_text|>", "<|end_of_text|>"), ("<s>", None):
+    for names, end in ("<s> </s>", "</s>"), ("<|begin_of_text|> <|end_of_text|>", "<|end_of_text|>"), ("<bos> <eos>", "<eos>"), ("<s>", None):
         added = [chapter1.special_json(name, 307 + i) for i, name in enumerate(names.split())]
         assert foreign(tokenizer, added_tokens=added).end == end
 
@@ -161,7 +161,7 @@ def test_qwen_kind_composes_accents_and_cuts_by_its_own_pattern(tokenizer):
     text, pattern = "The café! +of+ 1234", "[a-z]+|[0-9]|[^a-z0-9]+"       # what the pattern leaves is a chunk, too
     apart = unicodedata.normalize("NFD", text)
     assert qwen.encode(apart) == qwen.encode(text) == encode_by_definition(tokenizer, text, pattern)
-    plain = foreign(tokenizer, normalizer={"type": "Sequence", "normalizers": []})
+    plain = foreign(tokenizer, normalizer=None)
     assert plain.decode(plain.encode(apart)) == apart != text
 
 
