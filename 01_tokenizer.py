@@ -41,8 +41,8 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 # CourseError, run, command, read_json and write_json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
-# "dog?" would each become a token, and the model would have to learn "dog" three times. It is faster
-# as well: of the two million chunks in 10 MB, 60,000 differ, and training looks at each of those once.
+# "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
+# faster: few of the millions of chunks differ, and training looks at equal ones once.
 # \p{L} is a letter, \p{N} a digit, \s white space; ?+ and ++ are ? and + that never give back.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
@@ -78,10 +78,10 @@ def merge(ids, pair, new):
 
 
 def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest, repeat. Return the merged pairs of ids, in order.
-
-    chunks: {chunk: how often it occurs}. Of pairs equally common, the one of the lowest ids wins:
-    without such a rule, the same texts in another order would make another tokenizer.
+    """Count all pairs, merge the commonest, which shortens the text most, and repeat. Return the
+    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of pairs equally common the
+    one of the lowest ids wins: without such a rule, the same texts in another order would make
+    another tokenizer, whose ids mean nothing to a model trained with this one.
 
     >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
     [(108, 111), (256, 119)]
@@ -134,7 +134,7 @@ def learn_merges(chunks, how_many):
     # 2. Count the pairs once, and note where they stand.
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what is still to be added to counts}
-    positions = defaultdict(list)  # {pair: where it stands, or once stood}
+    positions = defaultdict(list)                # {pair: where it stands, or once stood}
     for i, pair in enumerate(zip(ids, ids[1:])):
         changes[pair] += times[i]
         positions[pair].append(i)
@@ -195,11 +195,11 @@ class Tokenizer:
                         for rank, (a, b) in enumerate(self.merges)}
         # A text is cut by each pattern; what one leaves between its matches is a chunk too.
         self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+")
-                      for cut in read_patterns(data)]
+                      for cut in read_patterns(data["pre_tokenizer"])]
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
-        """Return the ids of one chunk: apply the merges in the order in which they were learnt."""
+        """Return the ids of one chunk: what was learnt first is merged first, as in training."""
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
@@ -211,8 +211,9 @@ class Tokenizer:
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        if self.data.get("normalizer"):                    # Qwen's NFC: "e" and "´" become "é"
-            text = unicodedata.normalize("NFC", text)
+        normalizer = self.data.get("normalizer")
+        if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
+            text = unicodedata.normalize(normalizer["type"], text)
         chunks = [text]
         for cut in self._cuts:
             chunks = chain.from_iterable(map(cut.findall, chunks))
@@ -235,7 +236,7 @@ class Tokenizer:
         write_json(Path(folder) / "tokenizer.json", self.data)
         write_json(Path(folder) / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": self.end, "eos_token": self.end, "pad_token": self.end})
+            "eos_token": self.end, "pad_token": self.end})
 
     @classmethod
     def load(cls, folder):
@@ -250,14 +251,10 @@ class Tokenizer:
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
     """Train a Tokenizer of `vocab_size` tokens in all; fewer where the text runs out of pairs."""
-    room = vocab_size - 256 - len(special_tokens)
-    if room < 1:
-        raise CourseError(f"--vocab-size {vocab_size}: it must be over {vocab_size - room}, the "
-                          "number of bytes and special tokens")
     chunks = Counter()
     for text in documents:
         chunks.update(regex.findall(pattern, text))
-    pairs = learn_merges(chunks, room)
+    pairs = learn_merges(chunks, vocab_size - 256 - len(special_tokens))
     return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
 
 
@@ -291,7 +288,7 @@ def read_file(path):
                 if not is_end:
                     yield "".join(part)
     except Exception as error:                     # a file may hold anything
-        print(f"skipped, from here on: {path} ({type(error).__name__}: {error})", file=sys.stderr)
+        print(f"skipped {path}: from here on, {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def read_source(source, downloads="out/downloads"):
@@ -303,8 +300,8 @@ def read_source(source, downloads="out/downloads"):
                 found += 1
                 yield text
         if not found:
-            raise CourseError(f"--source {name}: no UTF-8 text ({', '.join(KINDS)}) at "
-                              f"{os.path.abspath(name)}; of a download, run 02_data.py first")
+            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
+                              "*.jsonl there; is it a download? then run 02_data.py first")
 
 
 def from_anywhere(source):
@@ -314,8 +311,9 @@ def from_anywhere(source):
 
 
 def split_of(text):
-    """By the text's hash, so for ever: 85% "train", 5% "val" to choose by, 10% "test" at last."""
-    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8      # in [0, 1)
+    """85% "train", 5% "val" to choose settings by, 10% "test" for the end. A hash, a number that
+    looks random but follows from the text, decides: so no text ever moves from test to train."""
+    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8     # in [0, 1)
     if point < 0.85:
         return "train"
     return "val" if point < 0.90 else "test"
@@ -373,7 +371,8 @@ def main(config):
     first = list(islice(texts, 10))
     tokenizer = train_bpe(chain(first, texts), config.vocab_size)
     if not tokenizer.merges:
-        raise CourseError(f"--source {shlex.join(config.source)} is too short: no pair to merge")
+        raise CourseError(f"nothing to merge: --source {shlex.join(config.source)} is too short, "
+                          f"or --vocab-size {config.vocab_size} is not over 259")
     show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
     write_json(folder / "source.json", from_anywhere(config.source))
@@ -501,23 +500,18 @@ def tokenizer_json(pairs, pattern, special_tokens):
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 
-def read_patterns(data):
+def read_patterns(cutter):
     """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
-    if data.get("normalizer") not in (None, {"type": "NFC"}):
-        raise ValueError(f"the normalizer {data['normalizer']} is not supported")
     patterns = []
-    cutter = data["pre_tokenizer"]
-    for step in cutter.get("pretokenizers", [cutter]):                     # several steps, or one
-        match step:
-            case {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated"}:
-                patterns.append(cut)
-            case {"type": "Digits", "individual_digits": True}:            # SmolLM
-                patterns.append(r"\p{N}")
-            case {"type": "ByteLevel", "add_prefix_space": False}:
-                if step.get("use_regex", True):                            # GPT-2
-                    patterns.append(GPT2_PATTERN)
-            case _:
-                raise ValueError(f"the step {step} is not supported")
+    for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
+        if step["type"] == "Split":
+            patterns.append(step["pattern"]["Regex"])
+        elif step["type"] == "Digits":                         # SmolLM
+            patterns.append(r"\p{N}")
+        elif step["type"] != "ByteLevel":
+            raise ValueError(f"a {step['type']} step is not supported")
+        elif step.get("use_regex", True):
+            patterns.append(GPT2_PATTERN)
     return patterns
 
 
