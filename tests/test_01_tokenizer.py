@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import regex
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 chapter1 = import_module("01_tokenizer")
@@ -191,6 +192,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert chapter1.read_json(path, "") == {"old": True} and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_figure_of_an_unknown_kind_is_one_line_that_names_it(tmp_path):
+    for name in ("curve.xyz", "curve"):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    with pytest.raises(CourseError, match="curve.xyz.*not supported"):
+        chapter1.save_figure(Figure(), tmp_path / "curve.xyz")
+    chapter1.save_figure(Figure(), tmp_path / "curve")         # without a suffix: a PNG
+    assert {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()} == {"curve.xyz": b"old", "curve": b"\x89PNG"}
+
+
 # ---- Sources and splits
 def test_files_folders_globs_and_pythons_own_library(tmp_path, capsys):
     folder = tmp_path / "notes [2024]"                         # in a glob, brackets would mean something
@@ -204,6 +214,14 @@ def test_files_folders_globs_and_pythons_own_library(tmp_path, capsys):
     assert list(chapter1.read_source(["b"], downloads=folder)) == ["one\r\n", "two"]
     library = {file.name for file in chapter1.find_files("python", "")}
     assert len(library) > 300 and "argparse.py" in library and not {"test_argparse.py", "pytest.py", "regex.py"} & library
+
+
+def test_a_source_is_found_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "python").mkdir()                              # a folder of that name is not Python's library
+    (tmp_path / "a [1].txt").write_text("text", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = chapter1.from_anywhere(["python", "shakespeare", "a [1].txt", "*.txt"])
+    assert names == ["python", "shakespeare", str(tmp_path / "a [1].txt"), str(tmp_path / "*.txt")]
 
 
 @pytest.mark.parametrize("name, content", [

@@ -248,6 +248,9 @@ def test_chapter_1s_relative_source_is_found_from_another_folder(root, monkeypat
     main("../my folder")
     assert (root / "my folder" / "data" / "meta.json").exists()
     assert "next: python 03_model.py --out '../my folder'" in capsys.readouterr().out
+    main("../my folder", "../texts", tokenizer="../my folder/tokenizer")       # a source of chapter 2's own is kept, too
+    monkeypatch.chdir(root)
+    main("my folder")
 
 
 def test_bad_input(root, tokenizer):
