@@ -24,7 +24,6 @@ import os
 import shlex
 import sys
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -42,7 +41,8 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 # CourseError, run, command, read_json and write_json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
-# "dog?" would each become a token, and the model would have to learn "dog" three times.
+# "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
+# faster: few of the millions of chunks differ, and training looks at equal ones once.
 # \p{L} is a letter, \p{N} a digit, \s white space; ?+ and ++ are ? and + that never give back.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
@@ -67,26 +67,28 @@ def merge(ids, pair, new):
     >>> merge([97, 97, 97, 98], (97, 97), 256)
     [256, 97, 98]
     """
+    left, right = pair
     merged = []
     for i in ids:
-        merged.append(i)
-        if tuple(merged[-2:]) == pair:
-            merged[-2:] = [new]
+        if i == right and merged and merged[-1] == left:
+            merged[-1] = new
+        else:
+            merged.append(i)
     return merged
 
 
 def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest, repeat. Return the merged pairs of ids, in order.
-
-    chunks: {chunk: how often it occurs}. Of pairs equally common, the one of the lowest ids wins:
-    without such a rule, the same texts in another order would make another tokenizer.
+    """Count all pairs, merge the commonest, which shortens the text most, and repeat. Return the
+    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of pairs equally common the
+    one of the lowest ids wins: without such a rule, the same texts in another order would make
+    another tokenizer, whose ids mean nothing to a model trained with this one.
 
     >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
     [(108, 111), (256, 119)]
     """
     merges = []
     words = {chunk: list(chunk.encode()) for chunk in chunks}
-    while len(merges) < how_many:
+    for new in range(256, 256 + how_many):
         counts = Counter()
         for chunk, ids in words.items():
             for pair in zip(ids, ids[1:]):
@@ -94,7 +96,6 @@ def learn_merges_naive(chunks, how_many):
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        new = 256 + len(merges)
         for chunk, ids in words.items():
             words[chunk] = merge(ids, best, new)
         merges.append(best)
@@ -126,20 +127,21 @@ def learn_merges(chunks, how_many):
     # 1. All chunks in a sequence. times[i]: how often the chunk at position i occurs in the text.
     ids, times = [GAP], [0]
     for chunk, n in chunks.items():
-        ids += [*chunk.encode(), GAP]
-        times += [n] * (len(ids) - len(times))
+        piece = [*chunk.encode(), GAP]
+        ids += piece
+        times += [n] * len(piece)
 
     # 2. Count the pairs once, and note where they stand.
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what is still to be added to counts}
-    positions = defaultdict(lambda: array("i"))  # {pair: where it stands, or once stood}
+    positions = defaultdict(list)                # {pair: where it stands, or once stood}
     for i, pair in enumerate(zip(ids, ids[1:])):
         changes[pair] += times[i]
         positions[pair].append(i)
 
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
     queue, merges = [], []
-    while len(merges) < how_many:
+    for new in range(256, 256 + how_many):
         # 3. Choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
@@ -149,9 +151,8 @@ def learn_merges(chunks, how_many):
         if best is None:
             break
         del counts[best]
-        left, right = best
-        new = 256 + len(merges)
         merges.append(best)
+        left, right = best
         size[new] = size[left] + size[right]
 
         # 4. Merge it wherever it stands; only the pairs beside it change.
@@ -180,43 +181,39 @@ class Tokenizer:
     {text: id}; end: the one of them after a document; first: an id before each text, or None."""
     def __init__(self, data):
         self.data = data
-        self.tokens, self.merges, self.special_tokens, patterns = read_tokenizer(data)
-        self.end = next(filter(regex.compile("end|</s>").search, self.special_tokens), None)
+        self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
+        self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
+        self.end = next(filter(regex.compile("end|eos|</s>").search, self.special_tokens), None)
         self.first = read_first(data, self.special_tokens)
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         for text, i in self.special_tokens.items():
             self.bytes_of[i] = text.encode()
         self.vocab_size = max(self.bytes_of) + 1
 
+        # {pair of ids: (how early it was learnt, the id that it becomes)}
+        self._merges = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
+                        for rank, (a, b) in enumerate(self.merges)}
         # A text is cut by each pattern; what one leaves between its matches is a chunk too.
-        self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in patterns]
-        # For speed a chunk is held as a string with one character, chr(id), for each token: a merge
-        # is then str.replace, and Python's own C code does the work.
-        char = {token: chr(i) for token, i in self.tokens.items()}
-        self._char_of_byte = {token[0]: char[token] for token in char if len(token) == 1}
-        self._merged = {char[a] + char[b]: char[a + b] for a, b in self.merges}
-        self._rank = {pair: rank for rank, pair in enumerate(self._merged)}
+        self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+")
+                      for cut in read_patterns(data["pre_tokenizer"])]
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
-        """Return the ids of one chunk: apply the merges in the order in which they were learnt."""
+        """Return the ids of one chunk: what was learnt first is merged first, as in training."""
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        chars = "".join([self._char_of_byte[byte] for byte in whole])
-        if len(chars) > 1000:                              # rare: all merges, one after the other
-            for pair, merged in self._merged.items():
-                chars = chars.replace(pair, merged)
-        # The same, but only merges whose pair is in the chunk: of those, always the first.
-        while pairs := self._merged.keys() & {a + b for a, b in zip(chars, chars[1:])}:
-            first = min(pairs, key=self._rank.get)
-            chars = chars.replace(first, self._merged[first])
-        return list(map(ord, chars))
+        ids = [self.tokens[bytes([byte])] for byte in whole]
+        while known := self._merges.keys() & zip(ids, ids[1:]):    # the pairs that have a merge
+            first = min(known, key=self._merges.get)
+            ids = merge(ids, first, self._merges[first][1])
+        return ids
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        if steps_of(self.data.get("normalizer"), "normalizers"):       # Qwen: "e" + "´" is "é"
-            text = unicodedata.normalize("NFC", text)
+        normalizer = self.data.get("normalizer")
+        if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
+            text = unicodedata.normalize(normalizer["type"], text)
         chunks = [text]
         for cut in self._cuts:
             chunks = chain.from_iterable(map(cut.findall, chunks))
@@ -239,7 +236,7 @@ class Tokenizer:
         write_json(Path(folder) / "tokenizer.json", self.data)
         write_json(Path(folder) / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": self.end, "eos_token": self.end, "pad_token": self.end})
+            "eos_token": self.end, "pad_token": self.end})
 
     @classmethod
     def load(cls, folder):
@@ -249,7 +246,7 @@ class Tokenizer:
         try:
             return cls(data)
         except Exception as error:                         # whatever a damaged file brings about
-            raise CourseError(f"{path} cannot be used: {error!r}") from None
+            raise CourseError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
@@ -271,7 +268,7 @@ def find_files(name, downloads):
     if name == "python":
         library = Path(os.__file__).parent
         return sorted(file for file in library.rglob("*.py")
-                      if not NOT_READ & set(file.relative_to(library).parts))
+                      if NOT_READ.isdisjoint(file.relative_to(library).parts))
     found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
     files = []
     for path in map(Path, found or [f"{downloads}/{name}.txt"]):
@@ -290,10 +287,8 @@ def read_file(path):
             for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
                 if not is_end:
                     yield "".join(part)
-    except UnicodeDecodeError:
-        print(f"skipped {path}: it is not UTF-8 text", file=sys.stderr)
-    except Exception as error:                     # a line may be anything
-        raise CourseError(f'{path}: a line is no JSON with a "text": {error!r}') from None
+    except Exception as error:                     # a file may hold anything
+        print(f"skipped {path}: from here on, {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def read_source(source, downloads="out/downloads"):
@@ -305,13 +300,20 @@ def read_source(source, downloads="out/downloads"):
                 found += 1
                 yield text
         if not found:
-            raise CourseError(f"--source {name}: no UTF-8 text ({', '.join(KINDS)}) at "
-                              f"{os.path.abspath(name)}; of a download, run 02_data.py first")
+            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
+                              "*.jsonl there; is it a download? then run 02_data.py first")
+
+
+def from_anywhere(source):
+    """Return a source with whole paths, so that chapter 2 finds it from another folder too."""
+    return [os.path.abspath(name) if name != "python" and find_files(name, os.devnull) else name
+            for name in source]
 
 
 def split_of(text):
-    """By the text's hash, so for ever: 85% "train", 5% "val" to choose by, 10% "test" at last."""
-    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8      # in [0, 1)
+    """85% "train", 5% "val" to choose settings by, 10% "test" for the end. A hash, a number that
+    looks random but follows from the text, decides: so no text ever moves from test to train."""
+    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 16**8     # in [0, 1)
     if point < 0.85:
         return "train"
     return "val" if point < 0.90 else "test"
@@ -345,8 +347,8 @@ def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
           f"{len(tokenizer.special_tokens)} special tokens")
-    first = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
-    print("first merges:  ", *map(repr, first))
+    first = range(256, 256 + len(tokenizer.merges))[:12]
+    print("first merges:  ", *[repr(tokenizer.decode([i])) for i in first])
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
     print(f"a sample, token by token:\n{show_tokens(pieces)}")
@@ -370,13 +372,10 @@ def main(config):
     tokenizer = train_bpe(chain(first, texts), config.vocab_size)
     if not tokenizer.merges:
         raise CourseError(f"nothing to merge: --source {shlex.join(config.source)} is too short, "
-                          f"or --vocab-size is not over {tokenizer.vocab_size}")
+                          f"or --vocab-size {config.vocab_size} is not over 259")
     show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
-    # Chapter 2 may be run from another folder, so paths are kept as whole ones.
-    source = [os.path.abspath(name) if name != "python" and os.path.exists(name) else name
-              for name in config.source]
-    write_json(folder / "source.json", source)
+    write_json(folder / "source.json", from_anywhere(config.source))
     print(f"saved {folder}; next: {command('02_data.py', config)}")
 
 
@@ -400,7 +399,7 @@ def parse_flags(config_class, about, argv=None, defaults_for=dict):
         how = {"type": kind, "nargs": "+" if isinstance(default, list) else None}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif default not in (None, "", []):
+        elif default:
             text += f" (default: {default})"
         parser.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
@@ -417,7 +416,7 @@ def run(script, config_class, about, defaults_for=dict):
         script(parse_flags(config_class, about, None, defaults_for))
         sys.stdout.flush()
     except BrokenPipeError:                            # the reader, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(0)                                    # at once: nothing more can be printed
     except KeyboardInterrupt:
         sys.exit(130)
     except (CourseError, OSError, UnicodeDecodeError) as error:
@@ -433,7 +432,7 @@ def command(script, config):
 @contextmanager
 def replacing(path):
     """Yield a temporary path, moved to `path` if all goes well: a crash leaves the old file."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
@@ -445,7 +444,10 @@ def replacing(path):
 def save_figure(figure, path):
     """Draw a figure of matplotlib to a file; without a suffix, as a PNG."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
+        try:
+            figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
+        except ValueError as error:                        # a suffix that it does not know
+            raise CourseError(f"cannot draw {path}: {error}") from None
 
 
 def write_json(path, value):
@@ -465,16 +467,15 @@ def read_json(path, made_by):
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
 # JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
 # others, in order, by the letters from number 256 on. A space is "Ġ".
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+PRINTABLE = [byte for byte in range(33, 256) if chr(byte).isprintable()]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-LETTERS = [chr(i) for i in PRINTABLE + list(range(256, 324))]
-BYTE_OF = dict(zip(LETTERS, PRINTABLE + OTHERS))
+BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), PRINTABLE + OTHERS))
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def to_bytes(spelled):
     """Return the bytes of a spelled token: "Ġthe" -> b" the"."""
-    return bytes([BYTE_OF[letter] for letter in spelled])
+    return bytes(map(BYTE_OF.get, spelled))
 
 
 def special_json(text, i):
@@ -499,51 +500,42 @@ def tokenizer_json(pairs, pattern, special_tokens):
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
 
 
-def steps_of(part, inside):
-    """Return the steps of a part of tokenizer.json: none, a single one, or a "Sequence"."""
-    return part.get(inside, [part]) if part else []
-
-
-def read_patterns(data):
-    """Return the patterns by which a text is cut. Raises CourseError for kinds we do not know."""
+def read_patterns(cutter):
+    """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
     patterns = []
-    normalizers = steps_of(data.get("normalizer"), "normalizers")
-    for step in normalizers + steps_of(data["pre_tokenizer"], "pretokenizers"):
-        kind = step["type"]
-        if kind == "Split" and step["behavior"] == "Isolated":
+    for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
+        if step["type"] == "Split":
             patterns.append(step["pattern"]["Regex"])
-        elif kind == "Digits" and step["individual_digits"]:       # SmolLM
+        elif step["type"] == "Digits":                         # SmolLM
             patterns.append(r"\p{N}")
-        elif kind == "ByteLevel" and not step["add_prefix_space"]:
-            if step.get("use_regex", True):                        # GPT-2
-                patterns.append(GPT2_PATTERN)
-        elif kind != "NFC":                                        # see Tokenizer.encode
-            raise CourseError(f"a tokenizer with the step {step} is not supported")
+        elif step["type"] != "ByteLevel":
+            raise ValueError(f"a {step['type']} step is not supported")
+        elif step.get("use_regex", True):
+            patterns.append(GPT2_PATTERN)
     return patterns
 
 
 def read_first(data, special_tokens):
     """Return the id that this kind of tokenizer wants before each text (Llama 3), or None."""
-    for step in steps_of(data.get("post_processor"), "processors"):
+    last = data.get("post_processor") or {}
+    for step in last.get("processors", [last]):
         match step:
             case {"single": [{"SpecialToken": {"id": text}}, *_]}:     # a template for one text
                 return special_tokens[text]
     return None
 
 
-def read_tokenizer(data):
-    """Return (tokens, merges, special tokens, patterns) as Tokenizer wants them."""
-    model = data["model"]
+def read_tokens(model, special_tokens):
+    """Return (tokens, merges) as Tokenizer wants them. Raises ValueError for other methods."""
     if model.get("byte_fallback") or "merges" not in model:
-        raise CourseError("a tokenizer that is no byte-level BPE, like Llama 2's, is not supported")
-    special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
+        raise ValueError("no byte-level BPE, as Llama 2's is not, so it is not supported")
     tokens = {to_bytes(token): i for token, i in model["vocab"].items()
               if token not in special_tokens}
     merges = []
     for pair in model["merges"]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
         merges.append((to_bytes(left), to_bytes(right)))
-    return tokens, merges, special_tokens, read_patterns(data)
+    return tokens, merges
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import unicodedata
 import urllib.request
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from http.client import HTTPException
@@ -40,7 +39,6 @@ from matplotlib.figure import Figure
 chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 Tokenizer = chapter1.Tokenizer
-read_json = chapter1.read_json
 
 # Legend
 #   B   batch: how many sequences are read at once
@@ -49,7 +47,7 @@ read_json = chapter1.read_json
 #   split      "train" to learn from, "val" to choose settings by, "test" for the end, read once
 #   step       one update of the model's weights; it reads one batch
 #   epoch      one pass over all sequences of the train split
-# `download` is a tool: it stands at the file's end.
+# `download` and `show_progress` are tools: they stand at the file's end.
 
 
 # ---- Cleaning ------------------------------------------------------------------------------------
@@ -66,9 +64,8 @@ SHORTEST = 20  # characters; a shorter document teaches nothing
 def clean(documents, changed, dropped):
     """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
 
-    Why drop duplicates? A text that is read often is learnt by heart. And if it is in train and in
-    test as well, the test is an exam whose questions were known before.
-    """
+    Why drop duplicates? A text that is read often is learnt by heart, at the cost of the others.
+    And if it is in train and in test as well, the test is an exam whose questions were known."""
     seen = set()
     for split, text in documents:
         for rule, mend in RULES.items():
@@ -88,50 +85,47 @@ def clean(documents, changed, dropped):
 
 # ---- Encoding ------------------------------------------------------------------------------------
 SPLITS = ("train", "val", "test")
-load_once = lru_cache(maxsize=1)(Tokenizer.load)  # each process opens the tokenizer once
+load_once = lru_cache(Tokenizer.load)  # each process opens the tokenizer once
 
 
 def encode_document(tokenizer_folder, document):
-    """Return (split, ids with a separator after them, number of bytes) of a (split, text)."""
+    """Return (split, ids and a separator, number of bytes) of a (split, text). By the separator the
+    model learns where a text ends, and that the next one has nothing to do with it."""
     split, text = document
     tokenizer = load_once(tokenizer_folder)
     ids = tokenizer.encode(text)
     ids.append(tokenizer.special_tokens[tokenizer.end])
-    return split, np.array(ids, np.uint32), len(text.encode())
+    return split, ids, len(text.encode())
 
 
 def encode_all(documents, tokenizer_folder, workers):
     """Yield what encode_document returns, in order, by several processes."""
     documents = iter(documents)
-    encode = partial(encode_document, tokenizer_folder)
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)            # the main process alone answers it
     with ProcessPoolExecutor(workers, None, signal.signal, ignore_ctrl_c) as pool:
         while wave := list(islice(documents, 1000)):           # so that few texts wait in memory
-            yield from pool.map(encode, wave, chunksize=8)
+            yield from pool.map(partial(encode_document, tokenizer_folder), wave, chunksize=8)
 
 
 def write_tokens(documents, tokenizer_folder, folder, workers):
-    """Write {split}.bin, flat files of token ids, and meta.json, which says what they are.
-
-    meta.json is removed first and written last: where it stands, the files are whole. Returns
-    {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left.
-    """
+    """Write {split}.bin, flat files of token ids, and meta.json, which says what they are. That is
+    removed first and written last: where it stands, the files are whole. Returns
+    {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
     tokenizer = Tokenizer.load(tokenizer_folder)
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
-    with ExitStack() as opened:                                # closes all of the files
-        files = {}
-        for split in SPLITS:
-            files[split] = opened.enter_context(open(folder / f"{split}.bin", "wb"))
-        for split, ids, size in encode_all(documents, tokenizer_folder, workers):
-            files[split].write(ids.astype(dtype))
-            totals[split].update(documents=1, tokens=len(ids), bytes=size)
-            show_progress("encoded", sum(total["bytes"] for total in totals.values()))
+    files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
+    for split, ids, size in encode_all(documents, tokenizer_folder, workers):
+        files[split].write(np.array(ids, dtype))
+        totals[split].update(documents=1, tokens=len(ids), bytes=size)
+        show_progress(files["train"].tell())
+    for file in files.values():
+        file.close()
     if not totals["train"]["tokens"]:
-        raise CourseError("nothing to train on is left: every text was too short or a duplicate")
+        raise CourseError("nothing to train on is left of --source: all was short or a duplicate")
     meta = {"dtype": dtype, "fingerprint": tokenizer.fingerprint(), "splits": totals}
     chapter1.write_json(folder / "meta.json", meta)
     return totals
@@ -141,7 +135,7 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
     path = Path(folder) / f"{split}.bin"
-    meta = read_json(Path(folder) / "meta.json", "02_data.py")
+    meta = chapter1.read_json(Path(folder) / "meta.json", "02_data.py")
     try:
         count = meta["splits"][split]["tokens"]
         if count == 0:
@@ -153,17 +147,18 @@ def open_tokens(folder, split):
 
 @lru_cache(maxsize=4)
 def sequence_order(count, seed, epoch):
-    """Return the order in which an epoch reads its sequences: a permutation of range(count)."""
+    """Return the order in which an epoch reads its sequences: a permutation of range(count). Mixed,
+    as neighbours are alike: a batch of one file's pieces would pull the model towards that file."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def get_batch(tokens, step, B, T, seed=0):
     """Return inputs x and targets y, both int64 of shape (B, T), of one step.
 
-    A pure function: nothing to save when training stops, nothing to restore when it goes on. The
-    split is cut into sequences of T tokens, and an epoch reads each once, in an order of its own:
-    sequence number n of a run is number n % count of epoch n // count. Raises CourseError if the
-    split is shorter than one sequence.
+    A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
+    be saved when training stops or restored when it goes on, and any step can be looked at again.
+    The split is cut into sequences of T tokens, and an epoch reads each of them once: sequence n of
+    a run is number n % count of epoch n // count. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
@@ -203,24 +198,22 @@ def draw_statistics(tokens, tokenizer, path):
     """Draw how long documents are, and how often tokens occur, beside Zipf's law.
 
     Zipf's law: the commonest word occurs twice as often as the second, three times as often as the
-    third, and so on, in every language. So a few tokens are seen all the time, and most are rare:
-    a model learns the common ones first, and for the rare ones it needs all the text there is.
-    """
+    third, and so on, in every language; with both axes logarithmic, that is a straight line. So a
+    few tokens are seen all the time, and most are rare: a model learns the common ones first, and
+    for the rare ones it needs all the text there is."""
     tokens = np.asarray(tokens[:20_000_000])
     end = tokenizer.special_tokens[tokenizer.end]
-    ends = np.flatnonzero(tokens == end)                       # the positions of all separators
-    lengths = np.diff(ends, prepend=-1)
+    lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
     _, counts = np.unique(tokens, return_counts=True)
-    counts = np.sort(counts)[::-1]
+    counts = np.sort(counts)[::-1]                             # the commonest first
     rank = np.arange(1, len(counts) + 1)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(lengths, bins=np.geomspace(1, lengths.max(initial=1) * 2, 40), color="#0072b2")
-    left.set(title="How long documents are", xscale="log", xlabel="tokens in a document",
-             ylabel="documents")
-    right.loglog(rank, counts, color="#0072b2", label="here")
-    right.loglog(rank, counts[0] / rank, "--", color="#d55e00", label="Zipf's law")
-    right.set(title="How often tokens occur", xlabel="rank of the token", ylabel="times")
+    left.hist(lengths, bins=2 ** np.arange(24))                # each bar twice as long as the last
+    left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
+    right.loglog(rank, counts, label="here")
+    right.loglog(rank, counts[0] / rank, "--", label="Zipf's law")
+    right.set(xlabel="rank of a token, the commonest first", ylabel="times that it occurs")
     right.legend()
     chapter1.save_figure(figure, path)
 
@@ -237,17 +230,13 @@ class Config:
 def choose_source(config):
     """Return what --source says, else what chapter 1 learnt from; put --tokenizer in place."""
     folder = Path(config.out) / "tokenizer"
-    kept = folder / "source.json"
-    source = config.source
-    if not source and kept.exists():
-        source = read_json(kept, "01_tokenizer.py")
-    source = source or ["python"]
+    kept = folder / "source.json"                              # a tokenizer is there with it
+    source = config.source or ["python"]
+    if kept.exists() and not config.source:
+        source = chapter1.read_json(kept, "01_tokenizer.py")
     if config.tokenizer:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        if tokenizer.end is None:
-            raise CourseError(f"--tokenizer {config.tokenizer} has no token that ends a document")
-        tokenizer.save(folder)                                 # as if chapter 1 had made it
-        chapter1.write_json(kept, source)
+        Tokenizer.load(config.tokenizer).save(folder)          # as if chapter 1 had made it
+        chapter1.write_json(kept, chapter1.from_anywhere(source))
     elif not kept.exists():
         make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
         raise CourseError(f"there is no tokenizer in {folder} yet: `{make}` makes it")
@@ -258,15 +247,13 @@ def main(config):
     """Clean, split, encode and show."""
     out = Path(config.out)
     folder = out / "data"
-    for name in config.source:
-        if name in DOWNLOADS:
-            download(name, out / "downloads", DOWNLOADS)
+    for name in DOWNLOADS.keys() & config.source:
+        download(name, out / "downloads", DOWNLOADS)
     source = choose_source(config)
-
     changed, dropped = Counter(), Counter()
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
-    documents = clean(documents, changed, dropped)
-    totals = write_tokens(documents, out / "tokenizer", folder, max(1, config.workers))
+    cleaned = clean(documents, changed, dropped)
+    totals = write_tokens(cleaned, out / "tokenizer", folder, max(1, config.workers))
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
         print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
@@ -280,35 +267,33 @@ def main(config):
 
 
 # ---- Tools: texts to download --------------------------------------------------------------------
-HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-COMMIT = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+STORIES = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+           "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-")
 DOWNLOADS = {  # name: (address, sha256, size and licence)
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         "1.1 MB, public domain"),
     "tinystories": (
-        f"{HUB}{COMMIT}/TinyStoriesV2-GPT4-valid.txt",
+        STORIES + "valid.txt",
         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
         "23 MB, CDLA-Sharing-1.0"),
     "tinystories-full": (
-        f"{HUB}{COMMIT}/TinyStoriesV2-GPT4-train.txt",
+        STORIES + "train.txt",
         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
         "2.2 GB, CDLA-Sharing-1.0"),
 }
 
 
-def show_progress(what, done):
+def show_progress(done):
     """Write over the line on a terminal how many bytes are done; a file gets no such lines."""
     if sys.stdout.isatty():
-        print(f"\r  {what} {done / 1e6:,.1f} MB", end="\x1b[K\r", flush=True)
+        print(f"  {done / 1e6:,.1f} MB", end="\x1b[K\r", flush=True)
 
 
 def download(name, folder, table):
-    """Fetch table[name], an (address, sha256, remark), into `folder` unless it is there.
-
-    Returns its path. Raises CourseError with the address and the path to put the file at by hand.
-    """
+    """Fetch table[name], an (address, sha256, remark), into `folder` unless it is there; return its
+    path. Raises CourseError with the address and the path to put the file at by hand."""
     url, expected, remark = table[name]
     path = Path(folder) / (name + Path(url).suffix)
     if path.exists():
@@ -321,12 +306,11 @@ def download(name, folder, table):
                 while piece := response.read(1 << 20):
                     file.write(piece)
                     digest.update(piece)
-                    show_progress("downloaded", file.tell())
+                    show_progress(file.tell())
             if digest.hexdigest() != expected:
-                raise OSError(f"what came has the sha256 {digest.hexdigest()}, not {expected}")
+                raise OSError("what came has another sha256")
     except (OSError, HTTPException) as error:
-        raise CourseError(f"could not download {url}: {error}. Save it by hand as {path}, or leave "
-                          f"{name} out to use the source of Python's own library") from None
+        raise CourseError(f"no download of {url}: {error}. Save it by hand as {path}") from None
     return path
 
 
