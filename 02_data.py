@@ -235,7 +235,10 @@ def choose_source(config):
     if kept.exists() and not config.source:
         source = chapter1.read_json(kept, "01_tokenizer.py")
     if config.tokenizer:
-        Tokenizer.load(config.tokenizer).save(folder)          # as if chapter 1 had made it
+        tokenizer = Tokenizer.load(config.tokenizer)
+        if tokenizer.end is None:
+            raise CourseError(f"--tokenizer {config.tokenizer} has no token that ends a document")
+        tokenizer.save(folder)                                 # as if chapter 1 had made it
         chapter1.write_json(kept, chapter1.from_anywhere(source))
     elif not kept.exists():
         make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"

@@ -173,10 +173,11 @@ def merge_lora(model):
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
-# all. {a|b} is a or b. Capitals are slots: N, M a number; L a list of numbers; T, S a text; K a
-# constant; C a letter; P a property; Q a question. So that there is only one reading, another entry
-# may take the place of the last slot alone, as in "the square of the sum of x and y"; of those with
-# a star none may, as "the square of x plus 7" is two things. A "/" parts the lines of a loop.
+# all. {a|b} is a or b, and a "/" parts the lines of a loop. Capitals are slots: N, M a number; L a
+# list of numbers; T, S a text; K a constant or, now and then, one more number; C a letter; P a
+# property; Q a question. So that there is only one reading, another entry may take the place of the
+# last slot alone, as in "the square of the sum of x and y"; of those with a star none may, as "the
+# square of x plus 7" is two things.
 GRAMMAR = """
 number    | N + M                     | the {sum|total} of N and M
 number    | N - M                     | the difference {of|between} N and M
@@ -322,9 +323,9 @@ def compose(entry, task, names, chooser):
                 code = code.replace("item", codes.get("N", "item"))            # x % 2 == 0
             codes[slot] = f"({code})"
             texts[slot] = text.removeprefix("whether ")
-        elif slot in TYPES:
+        elif slot in TYPES or slot == "K" and chooser.random() < 0.2:          # a limit, say
             codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = TYPES[slot]
+            task.types[codes[slot]] = TYPES.get(slot, "number")
         else:
             codes[slot] = texts[slot] = draw_constant(slot, entry.code, chooser)
             task.constants.append((entry.code, codes[slot]))
@@ -359,7 +360,9 @@ def phrase(task, phrasing, noise, chooser):
 def draw_task(names, phrasings, noise, chooser):
     """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
     entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
-    name, *parameters = chooser.sample(names, 6)
+    name, second, *parameters = chooser.sample(names, 8)
+    if chooser.random() < 0.15:
+        name = f"{name}_{second}"
     if chooser.random() < 0.25:
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name, [entry.code])
@@ -427,9 +430,9 @@ def split_words(tokenizer):
     names = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
     learnt = [name for name in names if not is_held_out(name)]
     noise = {*common} - {*names} - {*re.findall("[a-z]{4,}", GRAMMAR)}
-    known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}") for name in learnt))
-    new = [name for name in names
-           if is_held_out(name) and known.issuperset(tokenizer.encode(f" {name}({name}"))]
+    known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}_{name}") for name in learnt))
+    new = [name for name in names if is_held_out(name)
+           and known.issuperset(tokenizer.encode(f" {name}({name}_{name}"))]
     return learnt, new, sorted(noise.union(learnt))
 
 

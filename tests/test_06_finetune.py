@@ -242,14 +242,14 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
     sets = chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000)
     assert sets["new names"][:20] == chapter6.held_out_tasks(WORDS, NEW_WORDS, 20, 1000)["new names"]      # by the seed alone
     assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
-    names_learnt = {name for task in drawn for name in (task.name, *task.types)}
+    names_learnt = {name for task in drawn for name in (*task.name.split("_"), *task.types)}
     constants_learnt = {constant for task in drawn for constant in task.constants}
     pairs_learnt = {tuple(task.parts) for task in drawn}
     more = [*drawn, *chapter6.draw_tasks(WORDS, 12000, 6)]
     seen_alone = {value for task in more for _, value in task.constants} | {part for pair in pairs_learnt for part in pair}
     assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:100])
     for label, task in [(label, task) for label, tasks in sets.items() for task in tasks]:
-        names = {task.name, *[name for name in task.types if len(name) > 1]}               # besides, x and y may come again
+        names = {*task.name.split("_"), *[name for name in task.types if len(name) > 1]}               # besides, x and y may come again
         assert names <= (set(NEW_WORDS) - names_learnt if label == "new names" else set(WORDS))
         new = {constant for constant in task.constants if chapter6.is_held_out(*constant)}
         assert bool(new) == (label == "new constants") and not new & constants_learnt, task
@@ -271,8 +271,8 @@ def test_names_are_words_of_the_train_modules_whose_tokens_are_learnt(monkeypatc
     learnt, new, noise = chapter6.split_words(tokenizer)
     assert learnt and new and {*learnt} <= {*WORDS} and {*new} <= {*NEW_WORDS}             # so no word that the grammar uses
     assert {"of", "Build", "return", *learnt} <= {*noise} and not {"total", "even", "rare", *new} & {*noise}
-    known = {i for word in learnt for i in tokenizer.encode(f" {word}({word}")}
-    assert all(known.issuperset(tokenizer.encode(f" {word}({word}")) for word in new)
+    known = {i for word in learnt for i in tokenizer.encode(f" {word}({word}_{word}")}
+    assert all(known.issuperset(tokenizer.encode(f" {word}({word}_{word}")) for word in new)
 
 
 # ---- A conversation as a batch
