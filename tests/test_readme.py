@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("0[1-6]_*.py")}
 OWN_PAIRS = re.search(r"^```json\n(.*?)^```", README, re.M | re.S)[1]
 NOT_RUN = ("# GPU", "# network", "# long", "# needs", "# package")          # marks in the README
-TINY = {"04_train.py": "--steps 6 --context 64 --batch-tokens 256 --micro-batch 4 --eval-every 3 --eval-tokens 1000 --no-compile",
+TINY = {"04_train.py": "--steps 6 --context 256 --batch-tokens 512 --micro-batch 2 --eval-every 3 --eval-tokens 1000 --no-compile",
         "06_finetune.py": "--steps 4 --batch-tokens 256 --micro-batch 4 --eval-every 2 --tasks 2 --examples 300 --no-compile"}
 
 
