@@ -15,5 +15,5 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if "readme" not in config.getoption("-m"):
         for item in items:
-            if "readme" in item.keywords:
+            if item.get_closest_marker("readme"):
                 item.add_marker(pytest.mark.skip(reason="minutes long: run `pytest -m readme`"))
