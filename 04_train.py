@@ -60,6 +60,8 @@ def lr_scale(step, config):
 
 def train_naive(model, batch, config):
     """Train a model and return its losses: what all of this file does, only not safely and fast."""
+    # AdamW moves the weights: how, the next section says. cross_entropy is the surprise: of logits
+    # it makes probabilities, and takes minus the log of the one that the right token got.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     losses = []
     for step in range(config.steps):
@@ -102,7 +104,7 @@ def orthogonalise(matrices):
 
     Newton-Schulz: of a matrix X with singular values s, a X + b (X X^T) X + c (X X^T)^2 X has the
     singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between 0.01
-    and 1 to between 0.7 and 1.2: no decomposition is needed, and bfloat16 will do.
+    and 1 to between 0.68 and 1.14: no decomposition is needed, and bfloat16 will do.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
@@ -141,17 +143,21 @@ class Muon(torch.optim.Optimizer):
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for matrices: class(matrices, lr, weight_decay)
+
+
 def make_optimizers(model, config):
     """Return {name: optimizer}: Muon for the blocks' matrices and AdamW for the rest, or for all.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
     biases. Those two are not pulled towards zero either: a norm's usual weight is 1.
     """
+    kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif config.optimizer == "muon" and "layers." in name and p.requires_grad:
+        elif kind and "layers." in name and p.requires_grad:
             matrices.append(p)
         else:
             tables.append(p)
@@ -159,7 +165,7 @@ def make_optimizers(model, config):
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}
     if matrices:
-        optimizers["muon"] = Muon(matrices, config.matrix_lr, config.weight_decay)
+        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
     return optimizers
 
 
@@ -189,8 +195,8 @@ class TrainingConfig:
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        if self.optimizer not in ("muon", "adamw"):
-            raise CourseError(f"--optimizer {self.optimizer}: choose muon or adamw")
+        if self.optimizer not in OPTIMIZERS:
+            raise CourseError(f"--optimizer {self.optimizer}: choose {' or '.join(OPTIMIZERS)}")
 
 
 # Numbers in 16 bits take half the memory, and products of them are faster:
@@ -281,7 +287,7 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
     """
     T = model.config.context
     starts = np.arange(0, len(tokens) - T, T)                      # of all sequences
-    if len(starts) == 0:
+    if not len(starts):
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context")
     starts = starts[::math.ceil(T * len(starts) / (limit or len(tokens)))]
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))
@@ -336,7 +342,7 @@ def defaults_for(given):
     defaults = {**GENTLE, "context": 0}
     if given.get("resume"):
         fixed |= {"optimizer", "weight_decay"}
-        defaults = resumed_settings(Path(given.get("out", "out")) / "base", given)
+        defaults = resumed_settings(Path(given.get("out", "out"), "base"), given)
     for name in given.keys() & fixed:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
@@ -398,8 +404,8 @@ def main(config):
     # 3. Training.
     def batch(step):
         R = max(1, config.batch_tokens // config.context)
-        x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
-        return torch.from_numpy(x), torch.from_numpy(y)
+        x_and_y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
+        return tuple(map(torch.from_numpy, x_and_y))
 
     def judge(model):
         return *evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens), ""
@@ -508,11 +514,11 @@ class Run:
     is_interrupted: bool = False
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGINT, self.interrupt)
         return self
 
     def __exit__(self, kind, error, trace):
-        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if "to allocate" in str(error):                            # CPU, CUDA and MPS all say it
             raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
                               "same step in more parts; else lower --context") from None
@@ -532,8 +538,8 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(saved.pop(name))                  # it need not stay in memory
         if len(self.log) >= self.config.steps or self.is_out_of_patience():
-            raise CourseError(f"this run is over, after {len(self.log)} steps: more --steps or "
-                              "--patience go on; without --resume, a new one begins")
+            raise CourseError("this run is finished: with more --steps or --patience it goes on, "
+                              "without --resume a new one begins")
 
     def evals_without_gain(self):
         """Return how many evaluations there have been after the best one."""
@@ -564,7 +570,7 @@ class Run:
         if math.isnan(loss):
             self.diverged("held-out loss", loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
-        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte {remark}")
+        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte{remark}")
         if self.evals_without_gain() == 0:
             keep(model)
         state = {name: part.state_dict() for name, part in self.parts.items()}

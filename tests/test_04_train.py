@@ -516,7 +516,7 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
     more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
     _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
     assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 17
-    with pytest.raises(CourseError, match="this run is over, after 16 steps: .*--patience"):
+    with pytest.raises(CourseError, match="this run is finished: .*--patience"):
         train(tmp_path, replace(SETTINGS, steps=40, patience=2), saved=read_checkpoint(tmp_path), **more)
     _, log = train(tmp_path, replace(SETTINGS, steps=28, patience=3), saved=read_checkpoint(tmp_path), **more)
     assert column(log, "val_loss")[4:] == [1.0, 1.5, 1.4] and len(kept) == 3
@@ -524,7 +524,7 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
 
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path):
     train(tmp_path)
-    with pytest.raises(CourseError, match="over, after 8 steps: more --steps"):
+    with pytest.raises(CourseError, match="this run is finished: with more --steps"):
         train(tmp_path, saved=read_checkpoint(tmp_path))
     saved = read_checkpoint(tmp_path)
     saved["log"] = [{**row, "older": 1.0} for row in saved["log"]]             # a log may have had other columns
@@ -597,7 +597,7 @@ def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, mon
         main(*flags)
     base = main("--resume")                                    # the checkpoint is all that it needs
     assert same(whole, GPT.load(base).state_dict()) and GPT.load(base).config.norm == "layernorm"
-    with pytest.raises(CourseError, match="over, after 8 steps"):
+    with pytest.raises(CourseError, match="this run is finished"):
         main("--resume")
     assert "replaces" not in capsys.readouterr().out
     main("--resume", "--steps", 10)                            # a flag that is given wins
