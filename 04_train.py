@@ -19,6 +19,7 @@ Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (Ad
         Jordan et al. 2024 (Muon)
 """
 import atexit
+import csv
 import math
 import os
 import signal
@@ -80,14 +81,18 @@ def train_naive(model, batch, config):
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
 class Objective(nn.Sequential):
-    """The model, as a list of one, with its loss, so that both are compiled as one."""
-    COLUMNS = ["loss"]  # of the log: the terms that are trained on
+    """The model, as a list of one, with its loss: a sum for each of COLUMNS, all to be lowered."""
+    COLUMNS = ["loss"]  # of the log, a name for each sum: add yours to both
 
     def forward(self, x, y, documents=None):
-        """Return a sum over the targets y (B, T) that count, in nats, for each of COLUMNS."""
-        logits = self[0](x, documents).float()                     # (B, T) -> (B, T, V)
+        return self.sums(self[0](x, documents), y)                 # (B, T) -> (B, T, V) -> sums
+
+    @staticmethod
+    def sums(logits, y):
+        """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
+        logits = logits.float().flatten(0, 1)                      # (B, T, V) -> (B T, V)
         nats = nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
+            logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
         return torch.stack([nats])
 
 
@@ -143,11 +148,11 @@ class Muon(torch.optim.Optimizer):
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
-OPTIMIZERS = {"muon": Muon, "adamw": None}  # for matrices: class(matrices, lr, weight_decay)
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
 
 
 def make_optimizers(model, config):
-    """Return {name: optimizer}: Muon for the blocks' matrices and AdamW for the rest, or for all.
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
     biases. Those two are not pulled towards zero either: a norm's usual weight is 1.
@@ -165,17 +170,29 @@ def make_optimizers(model, config):
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}
     if matrices:
-        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
+        rates = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+        optimizers[config.optimizer] = kind(matrices, **rates)
     return optimizers
 
 
 # ---- Training, for real --------------------------------------------------------------------------
+# Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32: the
+# small step that one update makes would be rounded away.
+#   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
+#   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
+#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
+#          loss by a large factor, and the gradients with it, and divides those again before they
+#          are used; when they overflow, it leaves the step out and halves the factor
+DTYPES = {"": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
+
+
 @dataclass
 class TrainingConfig:
     steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
-    optimizer: str = "muon"  # muon (for the matrices, with adamw for the rest) or adamw
+    optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
     lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
     matrix_lr: float = 0.01  # Muon's learning rate for matrices
     weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
@@ -195,16 +212,11 @@ class TrainingConfig:
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        if self.optimizer not in OPTIMIZERS:
-            raise CourseError(f"--optimizer {self.optimizer}: choose {' or '.join(OPTIMIZERS)}")
+        for name, kinds in KINDS.items():
+            if getattr(self, name) not in kinds:
+                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
 
 
-# Numbers in 16 bits take half the memory, and products of them are faster:
-#   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
-#   bf16   8 and 8: the same range, 2 to 3 digits. What training needs is range, so this just works
-#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
-#          loss by a large factor and divides the gradients by it; when they overflow, it leaves the
-#          step out and halves the factor
 def train(model, batch, config, machine, folder, judge, keep, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
@@ -264,9 +276,10 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             model.zero_grad()
 
             # 6. Log; now and then evaluate and save.
-            run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
-            if not math.isfinite(norm) and scaler.get_scale() <= 1:
-                run.diverged("gradient", norm)
+            speed = whole[0].numel() / (time.time() - start)
+            run.log_step(losses, norm, scale, whole[0].numel(), speed)
+            if scaler.get_scale() <= 1:                            # fp16 may lower it first
+                run.refuse_nan(norm)
             is_due = stop > 0 or step + 1 == config.steps or (step + 1) % config.eval_every == 0
             if is_due and machine.rank == 0:
                 run.take_stock(judge, keep)
@@ -305,8 +318,8 @@ def draw_curves(logs, path):
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = dict.fromkeys(chain.from_iterable(table.dtype.names for table in tables.values()))
-    columns = list(columns)[3:]                                    # after step, tokens, seconds
+    longest = max([table.dtype.names for table in tables.values()], key=len)
+    columns = longest[3:]                                          # after step, tokens, seconds
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -334,45 +347,32 @@ class Config(TrainingConfig, chapter3.GPTConfig):
 
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
-    if not any(map(given.get, ("resume", "init", "test"))):
+    base = Path(given.get("out", "out")) / "base"
+    if given.get("resume"):
+        fixed = ["optimizer", "weight_decay"]
+        defaults = resumed_settings(base, given)
+    elif given.get("init") or given.get("test"):
+        fixed = []
+        defaults = {"init": str(base), "context": 0, **GENTLE}
+    else:
         on_gpu = torch.cuda.is_available() and "cuda" in given.get("device", "cuda")
         name = given.get("preset") or ("gpu" if on_gpu else "small")
         return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
-    fixed = {"preset", *chapter3.SHAPE} - {"attention", "context"}             # it has a shape
-    defaults = {**GENTLE, "context": 0}
-    if given.get("resume"):
-        fixed |= {"optimizer", "weight_decay"}
-        defaults = resumed_settings(Path(given.get("out", "out"), "base"), given)
-    for name in given.keys() & fixed:
+    for name in given.keys() & {*fixed, "preset", *chapter3.SHAPE} - {"context"}:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
-
-
-def start_model(config, tokenizer):
-    """Return the model of --init or --test, or a new one; let the config have its shape."""
-    if config.init or config.test:
-        model = chapter3.GPT.load(config.init or f"{config.out}/base", config.context)
-        model.config.attention = config.attention
-    else:
-        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
-        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
-    vars(config).update(vars(model.config))
-    return model
 
 
 def main(config):
     """Train on out/data and keep the best model in out/base."""
     out = Path(config.out)
     folder = out / "base"
-    log = folder / "log.csv"
     if config.compare:
-        logs = {root: f"{root}/base/log.csv" for root in config.compare}
-        draw_curves(logs, out / "compare.png")
+        draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
         print(f"drew {out}/compare.png")
         return
-    if log.exists() and not (config.resume or config.test):
-        steps = len(log.read_bytes().splitlines()) - 1
-        print(f"this run replaces one of {steps} steps in {folder}: another --out keeps both")
+    if (folder / "resume.pt").exists() and not (config.resume or config.test):
+        print(f"the first evaluation replaces the run in {folder}: another --out keeps both")
     machine = choose_machine(config)
 
     # 1. The text, and the tokenizer that it was encoded with.
@@ -387,7 +387,13 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    model = start_model(config, tokenizer).to(machine.device).eval()
+    if config.init:
+        model = chapter3.GPT.load(config.init, config.context)
+    else:
+        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
+        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
+    vars(config).update(vars(model.config))
+    model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
     if saved:
         model.load_state_dict(saved["model"])
@@ -429,15 +435,13 @@ class Machine:
 
     def autocast(self):
         """Return a context in which products run in the chosen precision; weights stay float32."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def split(self, whole, size):
         """Yield this process's part of tensors (R, T) on its device, `size` sequences at once."""
-        mine = [tensor[self.rank::self.world] for tensor in whole]
-        if self.device.type == "cuda":
-            mine = [tensor.pin_memory() for tensor in mine]        # copied while the GPU computes
-        return zip(*[tensor.to(self.device, non_blocking=True).split(size) for tensor in mine])
+        mine = [tensor[self.rank::self.world].to(self.device) for tensor in whole]
+        return zip(*[tensor.split(size) for tensor in mine])
 
 
 def choose_device(name):
@@ -462,8 +466,6 @@ def choose_machine(config):
     elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # new in torch
         precision = "bf16"
     precision = config.precision or precision
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise CourseError(f"--precision {precision}: choose fp32, bf16 or fp16")
     machine = Machine(device, precision, config.compile and device.type != "mps",
                       int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if machine.rank > 0:
@@ -479,20 +481,41 @@ def choose_machine(config):
 
 
 def compile_objective(objective, micro_batch, machine):
-    """Return the objective, compiled if that works: it is tried on a micro-batch."""
+    """Return the objective, compiled if that works: it is tried on a micro-batch.
+
+    In pieces, as a block that is compiled serves all others too: they are alike.
+    """
     if not machine.compile:
         return objective
-    print("compiling: up to a minute")
-    compiled = torch.compile(objective)
+    print("compiling: up to half a minute")
+    for part in [*objective[0].layers, objective[0].norm]:
+        part.compile()
+    objective.sums = torch.compile(objective.sums)
     try:
         with machine.autocast():
-            terms = compiled(*micro_batch)
+            terms = objective(*micro_batch)
         terms.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"not compiled, so slower: {str(error).splitlines()[0]}")
-        compiled = objective
+        torch.compiler.set_stance("force_eager")                   # from now on, nothing is
     objective.zero_grad()                                          # that was no step
-    return compiled
+    return objective
+
+
+def use_of_gpu(model, speed):
+    """Return columns for the log, of a model trained at a speed in tokens/s; on a GPU only.
+
+    tflops: 10^12 operations a second, counted as in show_parts of chapter 3, on all GPUs together.
+    Divided by what their maker promises, it tells how busy they are. peak_gb: memory, at most.
+    """
+    device = model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return {}
+    shape = model.config
+    weights = sum(p.numel() for p in model.parameters())
+    scores = shape.layers * shape.heads * shape.head_width * shape.context
+    return {"tflops": 6 * (weights + scores) * speed / 1e12,
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 # ---- Tools: a run, its checkpoint and its files --------------------------------------------------
@@ -522,7 +545,7 @@ class Run:
         if "to allocate" in str(error):                            # CPU, CUDA and MPS all say it
             raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
                               "same step in more parts; else lower --context") from None
-        if self.is_interrupted and not error:
+        if self.is_interrupted and not error and len(self.log) < self.config.steps:
             print(f"stopped after step {len(self.log)} and saved: --resume goes on")
             sys.exit(130)
 
@@ -549,13 +572,13 @@ class Run:
     def is_out_of_patience(self):
         return 0 < self.config.patience <= self.evals_without_gain()
 
-    def log_step(self, losses, norm, scale, tokens, seconds):
+    def log_step(self, losses, norm, scale, tokens, speed):
         """Add a row to the log; print the first and every hundredth."""
         step = len(self.log) + 1
         self.log.append({
-            "step": step, "tokens": step * tokens, "seconds": seconds,
+            "step": step, "tokens": step * tokens, "seconds": tokens / speed,
             **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
-            "tokens_per_second": tokens / seconds})
+            "tokens_per_second": speed, **use_of_gpu(self.parts["model"], speed)})
         if step == 1 or step % 100 == 0:
             row = [f"{name} {value:,.6g}" for name, value in self.log[-1].items()]
             print(", ".join(row), flush=True)
@@ -565,10 +588,10 @@ class Run:
         if self.is_out_of_patience():                              # evaluated one step ago
             return
         model = self.parts["model"]
-        loss, bits, remark = judge(model.eval())
+        with torch.compiler.set_stance("force_eager"):             # what is compiled is for training
+            loss, bits, remark = judge(model.eval())
         model.train()
-        if math.isnan(loss):
-            self.diverged("held-out loss", loss)
+        self.refuse_nan(loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
         print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte{remark}")
         if self.evals_without_gain() == 0:
@@ -580,18 +603,22 @@ class Run:
 
     def write_log(self, folder):
         """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
-        blank = dict.fromkeys(chain.from_iterable(self.log), math.nan)         # rows differ
-        rows = [list({**blank, **row}.values()) for row in self.log]
+        path = folder / "log.csv"
+        columns = dict.fromkeys(chain.from_iterable(self.log))     # rows differ
         with suppress(OSError):
-            with chapter1.replacing(folder / "log.csv") as path:
-                np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
-            draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
+            with chapter1.replacing(path) as new, open(new, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.log)
+            draw_curves({folder.name: path}, folder / "loss.png")
 
-    def diverged(self, what, value):
+    def refuse_nan(self, value):
         """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-        folder = self.folder / "diverged"
-        self.write_log(folder)
-        raise CourseError(f"the {what} is {value}: lower --lr and --matrix-lr (see {folder})")
+        if not math.isfinite(value):
+            folder = self.folder / "diverged"
+            self.write_log(folder)
+            raise CourseError(f"loss or gradient are {value}: lower --lr and --matrix-lr "
+                              f"(its curves are in {folder})")
 
 
 def read_checkpoint(folder):
