@@ -176,13 +176,13 @@ def make_optimizers(model, config):
 
 
 # ---- Training, for real --------------------------------------------------------------------------
-# Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32: the
-# small step that one update makes would be rounded away.
+# Numbers in 16 bits take half the memory, and products of them are faster. The weights stay in fp32:
+# with 3 digits, 1 + 0.0001 is rounded to 1, and such small steps would come to nothing.
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
-#          loss by a large factor, and the gradients with it, and divides those again before they
-#          are used; when they overflow, it leaves the step out and halves the factor
+#          loss by a large factor, and with it all gradients, which are divided by it before they
+#          are used. If some overflow, it leaves the step out and halves the factor
 DTYPES = {"": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 
@@ -276,9 +276,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             model.zero_grad()
 
             # 6. Log; now and then evaluate and save.
-            speed = whole[0].numel() / (time.time() - start)
-            run.log_step(losses, norm, scale, whole[0].numel(), speed)
-            if scaler.get_scale() <= 1:                            # fp16 may lower it first
+            run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
+            if scaler.get_scale() <= 1:                            # else it can still be lowered
                 run.refuse_nan(norm)
             is_due = stop > 0 or step + 1 == config.steps or (step + 1) % config.eval_every == 0
             if is_due and machine.rank == 0:
@@ -372,7 +371,7 @@ def main(config):
         print(f"drew {out}/compare.png")
         return
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
-        print(f"the first evaluation replaces the run in {folder}: another --out keeps both")
+        print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
     machine = choose_machine(config)
 
     # 1. The text, and the tokenizer that it was encoded with.
@@ -502,20 +501,11 @@ def compile_objective(objective, micro_batch, machine):
     return objective
 
 
-def use_of_gpu(model, speed):
-    """Return columns for the log, of a model trained at a speed in tokens/s; on a GPU only.
-
-    tflops: 10^12 operations a second, counted as in show_parts of chapter 3, on all GPUs together.
-    Divided by what their maker promises, it tells how busy they are. peak_gb: memory, at most.
-    """
-    device = model.embed_tokens.weight.device
-    if device.type != "cuda":
-        return {}
+def flops_of(model):
+    """Return the operations that it takes to train on a token; show_parts in chapter 3 says why."""
     shape = model.config
-    weights = sum(p.numel() for p in model.parameters())
     scores = shape.layers * shape.heads * shape.head_width * shape.context
-    return {"tflops": 6 * (weights + scores) * speed / 1e12,
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return 6 * (sum(p.numel() for p in model.parameters()) + scores)
 
 
 # ---- Tools: a run, its checkpoint and its files --------------------------------------------------
@@ -572,23 +562,26 @@ class Run:
     def is_out_of_patience(self):
         return 0 < self.config.patience <= self.evals_without_gain()
 
-    def log_step(self, losses, norm, scale, tokens, speed):
+    def log_step(self, losses, norm, scale, tokens, seconds):
         """Add a row to the log; print the first and every hundredth."""
         step = len(self.log) + 1
-        self.log.append({
-            "step": step, "tokens": step * tokens, "seconds": tokens / speed,
-            **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
-            "tokens_per_second": speed, **use_of_gpu(self.parts["model"], speed)})
+        row = {"step": step, "tokens": step * tokens, "seconds": seconds,
+               **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
+               "tokens_per_second": tokens / seconds}
+        if torch.cuda.is_initialized():                            # how busy and how full it is
+            flops = tokens * flops_of(self.parts["model"])
+            row.update(tflops=flops / seconds / 1e12,
+                       peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+        self.log.append(row)
         if step == 1 or step % 100 == 0:
-            row = [f"{name} {value:,.6g}" for name, value in self.log[-1].items()]
-            print(", ".join(row), flush=True)
+            print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
 
     def take_stock(self, judge, keep):
         """Evaluate the model, keep it if it is the best so far, and save the run."""
         if self.is_out_of_patience():                              # evaluated one step ago
             return
         model = self.parts["model"]
-        with torch.compiler.set_stance("force_eager"):             # what is compiled is for training
+        with torch.compiler.set_stance("force_eager"):             # only training is compiled
             loss, bits, remark = judge(model.eval())
         model.train()
         self.refuse_nan(loss)
@@ -617,8 +610,8 @@ class Run:
         if not math.isfinite(value):
             folder = self.folder / "diverged"
             self.write_log(folder)
-            raise CourseError(f"loss or gradient are {value}: lower --lr and --matrix-lr "
-                              f"(its curves are in {folder})")
+            raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
+                              f"the curves are in {folder}")
 
 
 def read_checkpoint(folder):

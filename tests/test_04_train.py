@@ -271,6 +271,30 @@ def test_without_a_compiler_training_goes_on(tmp_path):
         assert column(read_checkpoint(tmp_path)["log"], name) == column(log, name)
 
 
+def test_evaluation_compiles_nothing_and_what_is_compiled_goes_on(tmp_path, monkeypatch):
+    """One piece for both blocks, one for the norm, one for the loss: as many after three evaluations as at first."""
+    pieces = []
+    def backend(graph, inputs):
+        pieces.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    train(tmp_path, replace(SETTINGS, steps=12), machine=replace(CPU, compile=True), batch=full_batch)
+    assert len(pieces) == 3
+
+
+def test_a_gpu_tells_how_busy_it_is(tmp_path, monkeypatch):
+    """6 operations a weight, and as many for each product of a query and a key: 2 layers of 2 heads of 16 numbers, 16 keys."""
+    model = model_of()
+    assert chapter4.flops_of(model) == 6 * (sum(p.numel() for p in model.parameters()) + 2 * 2 * 16 * 16)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    _, log = train(tmp_path, model=model)
+    for row in log:
+        assert row["peak_gb"] == 3 and row["tflops"] == pytest.approx(row["tokens_per_second"] * chapter4.flops_of(model) / 1e12)
+    assert "peak_gb" in rows_of(tmp_path / "log.csv")[0]
+
+
 # ---- Schedule and optimizers
 
 def test_the_learning_rate_at_its_corners():
@@ -411,7 +435,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
     train(tmp_path, replace(SETTINGS, steps=4))
     before = files_in(tmp_path)
     spoil(monkeypatch, range(first_bad, 100))
-    with pytest.raises(CourseError, match="the gradient is nan: lower --lr and --matrix-lr"):
+    with pytest.raises(CourseError, match="the loss or its gradient is nan: lower --lr and --matrix-lr"):
         train(tmp_path, judge=lambda model: (1.0, 1.0, ""))
     assert (files_in(tmp_path) == before) == (first_bad == 2) and files_in(tmp_path).keys() == before.keys()
     rows = rows_of(tmp_path / "diverged" / "log.csv")
@@ -419,7 +443,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
 
 
 def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
-    with pytest.raises(CourseError, match="held-out loss is nan"):
+    with pytest.raises(CourseError, match="its gradient is nan"):
         train(tmp_path, judge=lambda model: (math.nan, 1.0, ""), keep=lambda model: pytest.fail("kept"))
     assert not files_in(tmp_path)
 
@@ -465,6 +489,11 @@ def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, capfd, case, s
             for name in ("seconds", "tokens_per_second", *["val_loss", "val_bits_per_byte"] * (row["step"] % 4 > 0)):
                 row.pop(name, None)                            # to stop is to evaluate
     assert same(whole, parts)
+
+
+def test_asked_in_its_last_step_a_run_is_over_as_usual(tmp_path, capfd):
+    _, log = train(tmp_path, batch=signalled(7))
+    assert len(log) == 8 and "stopped" not in capfd.readouterr().out and len(read_checkpoint(tmp_path)["log"]) == 8
 
 
 def test_asked_twice_it_stops_at_once_and_other_errors_pass(tmp_path, monkeypatch):
@@ -531,8 +560,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path):
     train(tmp_path, replace(SETTINGS, steps=12), saved=saved)
     rows = rows_of(tmp_path / "log.csv")
     assert [float(row["tokens"]) for row in rows] == [64 * step for step in range(1, 13)]
-    assert [row["older"] for row in rows] == ["1"] * 8 + ["nan"] * 4
-    assert [row["val_loss"] != "nan" for row in rows] == [False, False, False, True] * 3
+    assert [row["older"] for row in rows] == ["1.0"] * 8 + [""] * 4
+    assert [row["val_loss"] != "" for row in rows] == [False, False, False, True] * 3
     DRAW({"run": tmp_path / "log.csv"}, tmp_path / "all.png")
     assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -603,8 +632,9 @@ def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, mon
     main("--resume", "--steps", 10)                            # a flag that is given wins
     saved = read_checkpoint(base)
     assert len(saved["log"]) == 10 and saved["config"]["steps"] == 10 and saved["config"]["dropout"] == 0.2
+    capsys.readouterr()
     main(*flags)
-    assert capsys.readouterr().out.count("this run replaces one of 10 steps") == 1
+    assert capsys.readouterr().out.startswith("this run replaces the one in")
 
 
 def test_presets_hold_shape_and_recipe():
@@ -650,7 +680,7 @@ def test_compare_draws_several_runs(main, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon or adamw"), (("--precision", "fp8"), "fp16"),
+    (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon.*adamw"), (("--precision", "fp8"), "fp16"),
     (("--resume",), "resume.pt"), (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
     (("--context", 10**6), "smaller --context"), (("--attention", "flash"), "choose of"), (("--steps", 0), "--steps"),
     (("--micro-batch", 0), "at least 1"), (("--width", 33), "multiple of --heads"), (("--compare", "nowhere"), "nowhere")])
@@ -662,7 +692,7 @@ def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, words):
 
 
 def test_what_argparse_refuses_has_status_2_and_fp16_takes_adamw(main, capsys):
-    for flags in (("--warmup", "-3"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)):
+    for flags in (("--warmup", "-3"), ("--patience", "-1"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)):
         with pytest.raises(SystemExit) as stopped:
             main(*flags)
         assert stopped.value.code == 2
