@@ -19,7 +19,6 @@ Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (Ad
         Jordan et al. 2024 (Muon)
 """
 import atexit
-import csv
 import math
 import os
 import signal
@@ -53,8 +52,9 @@ IGNORED = -100  # a target (a next token in y) from which nothing is to be learn
 def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
 
-    Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
-    to average. Why fall? Large steps cover ground but overshoot; small ones find the bottom.
+    Why rise? The first gradients of random weights point anywhere, and the optimizer has too few of
+    them to average: long steps would lead astray. Why fall? Each batch is a sample, so its gradient
+    is noisy. Long steps cover ground but jump about the bottom; short ones, in the end, settle.
     """
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
@@ -183,7 +183,7 @@ def make_optimizers(model, config):
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
 #          loss by a large factor, and with it all gradients, which are divided by it before they
 #          are used. If some overflow, it leaves the step out and halves the factor
-DTYPES = {"": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 
 
@@ -221,8 +221,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
     batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
-    loss, bits per byte, a remark. keep(model) stores the best so far. saved: a checkpoint to go on
-    from. Raises CourseError where memory is full or the gradient is no number.
+    loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint to go on from.
+    Raises CourseError where memory is full or the gradient is no number.
     """
     optimizers = make_optimizers(model.train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -263,7 +263,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                     distributed.all_reduce(tensor)
 
             # 4. Divide by the scaler's factor, and only then look at the length of the gradient, of
-            #    all weights as one vector: if too long, shorten it. Fetch all numbers at once.
+            #    all weights as one vector: 65,536 times as long, any would be cut down to `clip`.
+            #    A batch that is odd makes it long, and one such step can undo hundreds.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -317,8 +318,8 @@ def draw_curves(logs, path):
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    longest = max([table.dtype.names for table in tables.values()], key=len)
-    columns = longest[3:]                                          # after step, tokens, seconds
+    names = max([table.dtype.names for table in tables.values()], key=len)
+    columns = names[3:]                                            # after step, tokens, seconds
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -347,17 +348,17 @@ class Config(TrainingConfig, chapter3.GPTConfig):
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
     base = Path(given.get("out", "out")) / "base"
+    fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
     if given.get("resume"):
-        fixed = ["optimizer", "weight_decay"]
+        fixed |= {"optimizer", "weight_decay"}
         defaults = resumed_settings(base, given)
     elif given.get("init") or given.get("test"):
-        fixed = []
         defaults = {"init": str(base), "context": 0, **GENTLE}
     else:
         on_gpu = torch.cuda.is_available() and "cuda" in given.get("device", "cuda")
         name = given.get("preset") or ("gpu" if on_gpu else "small")
         return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
-    for name in given.keys() & {*fixed, "preset", *chapter3.SHAPE} - {"context"}:
+    for name in given.keys() & fixed:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
 
@@ -402,7 +403,7 @@ def main(config):
             loss, bits = evaluate(model, machine, texts[split], bytes_of)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return
-    loss, _ = evaluate(model, machine, texts["val"], bytes_of, 1)
+    loss, _ = evaluate(model, machine, texts["val"], bytes_of, 4096)
     print(config)
     print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
 
@@ -413,7 +414,7 @@ def main(config):
         return tuple(map(torch.from_numpy, x_and_y))
 
     def judge(model):
-        return *evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens), ""
+        return evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens)
 
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
@@ -480,16 +481,14 @@ def choose_machine(config):
 
 
 def compile_objective(objective, micro_batch, machine):
-    """Return the objective, compiled if that works: it is tried on a micro-batch.
-
-    In pieces, as a block that is compiled serves all others too: they are alike.
-    """
+    """Return the objective, compiled in pieces if that works: blocks are alike, one serves all."""
     if not machine.compile:
         return objective
     print("compiling: up to half a minute")
     for part in [*objective[0].layers, objective[0].norm]:
         part.compile()
     objective.sums = torch.compile(objective.sums)
+    torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
     try:
         with machine.autocast():
             terms = objective(*micro_batch)
@@ -499,13 +498,6 @@ def compile_objective(objective, micro_batch, machine):
         torch.compiler.set_stance("force_eager")                   # from now on, nothing is
     objective.zero_grad()                                          # that was no step
     return objective
-
-
-def flops_of(model):
-    """Return the operations that it takes to train on a token; show_parts in chapter 3 says why."""
-    shape = model.config
-    scores = shape.layers * shape.heads * shape.head_width * shape.context
-    return 6 * (sum(p.numel() for p in model.parameters()) + scores)
 
 
 # ---- Tools: a run, its checkpoint and its files --------------------------------------------------
@@ -569,9 +561,12 @@ class Run:
                **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
                "tokens_per_second": tokens / seconds}
         if torch.cuda.is_initialized():                            # how busy and how full it is
-            flops = tokens * flops_of(self.parts["model"])
-            row.update(tflops=flops / seconds / 1e12,
-                       peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+            model = self.parts["model"]                            # counted as in chapter 3:
+            shape = model.config
+            scores = shape.layers * shape.heads * shape.head_width * shape.context
+            flops = 6 * (sum(p.numel() for p in model.parameters()) + scores)
+            row["tflops"] = flops * tokens / seconds / 1e12
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.log.append(row)
         if step == 1 or step % 100 == 0:
             print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
@@ -582,11 +577,11 @@ class Run:
             return
         model = self.parts["model"]
         with torch.compiler.set_stance("force_eager"):             # only training is compiled
-            loss, bits, remark = judge(model.eval())
+            loss, bits, *_ = judge(model.eval())
         model.train()
         self.refuse_nan(loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
-        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte{remark}")
+        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
         if self.evals_without_gain() == 0:
             keep(model)
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -596,14 +591,12 @@ class Run:
 
     def write_log(self, folder):
         """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
-        path = folder / "log.csv"
-        columns = dict.fromkeys(chain.from_iterable(self.log))     # rows differ
+        blank = dict.fromkeys(chain.from_iterable(self.log), math.nan)         # rows differ
+        rows = [list({**blank, **row}.values()) for row in self.log]
         with suppress(OSError):
-            with chapter1.replacing(path) as new, open(new, "w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.log)
-            draw_curves({folder.name: path}, folder / "loss.png")
+            with chapter1.replacing(folder / "log.csv") as path:
+                np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
+            draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
 
     def refuse_nan(self, value):
         """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
