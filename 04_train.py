@@ -52,9 +52,8 @@ IGNORED = -100  # a target (a next token in y) from which nothing is to be learn
 def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
 
-    Why rise? The first gradients of random weights point anywhere, and the optimizer has too few of
-    them to average: long steps would lead astray. Why fall? Each batch is a sample, so its gradient
-    is noisy. Long steps cover ground but jump about the bottom; short ones, in the end, settle.
+    Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
+    to average. Why fall? Large steps cover ground but jump about the bottom; small ones reach it.
     """
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
@@ -176,13 +175,13 @@ def make_optimizers(model, config):
 
 
 # ---- Training, for real --------------------------------------------------------------------------
-# Numbers in 16 bits take half the memory, and products of them are faster. The weights stay in fp32:
-# with 3 digits, 1 + 0.0001 is rounded to 1, and such small steps would come to nothing.
+# Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32:
+# with 3 digits, 1 + 0.0001 is rounded to 1, and all small steps would come to nothing.
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
-#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
-#          loss by a large factor, and with it all gradients, which are divided by it before they
-#          are used. If some overflow, it leaves the step out and halves the factor
+#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
+#          loss, and thereby all gradients, by a large factor, which is taken out before they are
+#          used. If some overflow, it leaves the step out and halves the factor
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 
@@ -255,12 +254,9 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                 losses += terms.detach()
 
             # 3. So do those of several GPUs, which had other sequences of the same step.
-            stop = run.is_interrupted or run.is_out_of_patience()
-            stop = torch.full((1,), float(stop), device=machine.device)
-            if machine.world > 1:
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                for tensor in [stop, losses, *gradients]:
-                    distributed.all_reduce(tensor)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            for tensor in [losses, *gradients]:
+                machine.total(tensor)
 
             # 4. Divide by the scaler's factor, and only then look at the length of the gradient, of
             #    all weights as one vector: 65,536 times as long, any would be cut down to `clip`.
@@ -268,7 +264,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *losses, norm, stop = torch.cat((losses, norm[None], stop)).tolist()
+            *losses, norm = torch.cat((losses, norm[None])).tolist()
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -280,13 +276,13 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
             if scaler.get_scale() <= 1:                            # else it can still be lowered
                 run.refuse_nan(norm)
-            is_due = stop > 0 or step + 1 == config.steps or (step + 1) % config.eval_every == 0
-            if is_due and machine.rank == 0:
+            if (step + 1) % config.eval_every == 0 and machine.rank == 0:
                 run.take_stock(judge, keep)
-            if stop > 0:
+            if machine.total(torch.tensor(float(run.is_stopping()))) > 0:      # of any process
                 break
-        if machine.world > 1:
-            distributed.barrier()                                  # nobody leaves before rank 0
+        if machine.rank == 0 and "val_loss" not in run.log[-1]:
+            run.take_stock(judge, keep)
+        machine.total(torch.zeros(1))                              # nobody leaves before rank 0
     return run.log
 
 
@@ -314,12 +310,11 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
 
 
 def draw_curves(logs, path):
-    """Draw the columns of log.csv files {name: file} against the tokens read."""
+    """Draw the columns of log.csv files {name: file}, from the fourth on, against tokens read."""
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    names = max([table.dtype.names for table in tables.values()], key=len)
-    columns = names[3:]                                            # after step, tokens, seconds
+    columns = max([table.dtype.names[3:] for table in tables.values()], key=len)
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -394,8 +389,9 @@ def main(config):
         model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
     vars(config).update(vars(model.config))
     model.to(machine.device).eval()
-    saved = read_checkpoint(folder) if config.resume else None
-    if saved:
+    saved = None
+    if config.resume:
+        saved = read_checkpoint(folder)
         model.load_state_dict(saved["model"])
     bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -442,6 +438,12 @@ class Machine:
         """Yield this process's part of tensors (R, T) on its device, `size` sequences at once."""
         mine = [tensor[self.rank::self.world].to(self.device) for tensor in whole]
         return zip(*[tensor.split(size) for tensor in mine])
+
+    def total(self, tensor):
+        """Add to a tensor those of the other processes, which it waits for; return it."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
 
 
 def choose_device(name):
@@ -542,7 +544,7 @@ class Run:
         self.log = saved["log"]
         for name, part in self.parts.items():
             part.load_state_dict(saved.pop(name))                  # it need not stay in memory
-        if len(self.log) >= self.config.steps or self.is_out_of_patience():
+        if len(self.log) >= self.config.steps or self.is_stopping():
             raise CourseError("this run is finished: with more --steps or --patience it goes on, "
                               "without --resume a new one begins")
 
@@ -551,8 +553,8 @@ class Run:
         losses = [math.inf] + [row["val_loss"] for row in self.log if "val_loss" in row]
         return losses[::-1].index(min(losses))
 
-    def is_out_of_patience(self):
-        return 0 < self.config.patience <= self.evals_without_gain()
+    def is_stopping(self):
+        return self.is_interrupted or 0 < self.config.patience <= self.evals_without_gain()
 
     def log_step(self, losses, norm, scale, tokens, seconds):
         """Add a row to the log; print the first and every hundredth."""
@@ -561,11 +563,10 @@ class Run:
                **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
                "tokens_per_second": tokens / seconds}
         if torch.cuda.is_initialized():                            # how busy and how full it is
-            model = self.parts["model"]                            # counted as in chapter 3:
-            shape = model.config
+            shape = self.parts["model"].config                     # see show_parts in chapter 3
             scores = shape.layers * shape.heads * shape.head_width * shape.context
-            flops = 6 * (sum(p.numel() for p in model.parameters()) + scores)
-            row["tflops"] = flops * tokens / seconds / 1e12
+            weights = sum(p.numel() for p in self.parts["model"].parameters())
+            row["tflops"] = 6 * (weights + scores) * tokens / seconds / 1e12
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.log.append(row)
         if step == 1 or step % 100 == 0:
@@ -573,8 +574,6 @@ class Run:
 
     def take_stock(self, judge, keep):
         """Evaluate the model, keep it if it is the best so far, and save the run."""
-        if self.is_out_of_patience():                              # evaluated one step ago
-            return
         model = self.parts["model"]
         with torch.compiler.set_stance("force_eager"):             # only training is compiled
             loss, bits, *_ = judge(model.eval())

@@ -497,6 +497,13 @@ def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, capfd, case, s
     assert same(whole, parts)
 
 
+def test_asked_before_its_first_step_a_run_takes_one_and_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter4, "compile_objective", lambda objective, *_: os.kill(os.getpid(), signal.SIGINT) or objective)
+    with pytest.raises(SystemExit):
+        train(tmp_path)
+    assert len(read_checkpoint(tmp_path)["log"]) == 1
+
+
 def test_asked_in_its_last_step_a_run_is_over_as_usual(tmp_path, capfd):
     _, log = train(tmp_path, batch=signalled(7))
     assert len(log) == 8 and "stopped" not in capfd.readouterr().out and len(read_checkpoint(tmp_path)["log"]) == 8
@@ -550,7 +557,7 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
     losses, kept = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.5, 1.4]), []
     more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
     _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
-    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 17
+    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 16
     with pytest.raises(CourseError, match="this run is finished: .*--patience"):
         train(tmp_path, replace(SETTINGS, steps=40, patience=2), saved=read_checkpoint(tmp_path), **more)
     _, log = train(tmp_path, replace(SETTINGS, steps=28, patience=3), saved=read_checkpoint(tmp_path), **more)
