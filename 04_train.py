@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import distributed, nn
 
@@ -67,7 +68,7 @@ def train_naive(model, batch, config):
     for step in range(config.steps):
         x, y = batch(step)                                         # inputs, targets: (R, T) each
         logits = model(x)                                          # (R, T) -> (R, T, V)
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+        nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
         loss = nats / y.numel()
         loss.backward()                                            # adds each gradient to .grad
         for group in optimizer.param_groups:
@@ -90,8 +91,7 @@ class Objective(nn.Sequential):
     def sums(logits, y):
         """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
         logits = logits.float().flatten(0, 1)                      # (B, T, V) -> (B T, V)
-        nats = nn.functional.cross_entropy(
-            logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
+        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
         return torch.stack([nats])
 
 
@@ -389,9 +389,8 @@ def main(config):
         model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
     vars(config).update(vars(model.config))
     model.to(machine.device).eval()
-    saved = None
-    if config.resume:
-        saved = read_checkpoint(folder)
+    saved = read_checkpoint(folder) if config.resume else None
+    if saved:
         model.load_state_dict(saved["model"])
     bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -467,13 +466,13 @@ def choose_machine(config):
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # new in torch
         precision = "bf16"
-    precision = config.precision or precision
-    machine = Machine(device, precision, config.compile and device.type != "mps",
+    machine = Machine(device, config.precision or precision,
+                      config.compile and device.type != "mps",
                       int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if machine.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")       # one process talks for all
     print(machine)
-    if precision == "fp16":
+    if machine.precision == "fp16":
         config.optimizer = "adamw"
         print("fp16: adamw for all weights, as muon needs bf16")
     if machine.world > 1:
