@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import distributed, nn
 
@@ -53,19 +54,21 @@ def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
 
     Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
-    to average. Why fall? Large steps cover ground but overshoot; small ones find the bottom.
+    to average. Why fall? Large steps cover ground but jump about the bottom; small ones reach it.
     """
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
 
 def train_naive(model, batch, config):
     """Train a model and return its losses: what all of this file does, only not safely and fast."""
+    # AdamW moves the weights: how, the next section says. cross_entropy is the surprise: of logits
+    # it makes probabilities, and takes minus the log of the one that the right token got.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
     losses = []
     for step in range(config.steps):
         x, y = batch(step)                                         # inputs, targets: (R, T) each
         logits = model(x)                                          # (R, T) -> (R, T, V)
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+        nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
         loss = nats / y.numel()
         loss.backward()                                            # adds each gradient to .grad
         for group in optimizer.param_groups:
@@ -78,14 +81,17 @@ def train_naive(model, batch, config):
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
 class Objective(nn.Sequential):
-    """The model, as a list of one, with its loss, so that both are compiled as one."""
-    COLUMNS = ["loss"]  # of the log: the terms that are trained on
+    """The model, as a list of one, with its loss: a sum for each of COLUMNS, all to be lowered."""
+    COLUMNS = ["loss"]  # of the log, a name for each sum: add yours to both
 
     def forward(self, x, y, documents=None):
-        """Return a sum over the targets y (B, T) that count, in nats, for each of COLUMNS."""
-        logits = self[0](x, documents).float()                     # (B, T) -> (B, T, V)
-        nats = nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.flatten(), ignore_index=IGNORED, reduction="sum")
+        return self.sums(self[0](x, documents), y)                 # (B, T) -> (B, T, V) -> sums
+
+    @staticmethod
+    def sums(logits, y):
+        """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
+        logits = logits.float().flatten(0, 1)                      # (B, T, V) -> (B T, V)
+        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
         return torch.stack([nats])
 
 
@@ -102,7 +108,7 @@ def orthogonalise(matrices):
 
     Newton-Schulz: of a matrix X with singular values s, a X + b (X X^T) X + c (X X^T)^2 X has the
     singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between 0.01
-    and 1 to between 0.7 and 1.2: no decomposition is needed, and bfloat16 will do.
+    and 1 to between 0.68 and 1.14: no decomposition is needed, and bfloat16 will do.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
@@ -141,17 +147,21 @@ class Muon(torch.optim.Optimizer):
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
+
+
 def make_optimizers(model, config):
-    """Return {name: optimizer}: Muon for the blocks' matrices and AdamW for the rest, or for all.
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
     biases. Those two are not pulled towards zero either: a norm's usual weight is 1.
     """
+    kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif config.optimizer == "muon" and "layers." in name and p.requires_grad:
+        elif kind and "layers." in name and p.requires_grad:
             matrices.append(p)
         else:
             tables.append(p)
@@ -159,17 +169,29 @@ def make_optimizers(model, config):
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}
     if matrices:
-        optimizers["muon"] = Muon(matrices, config.matrix_lr, config.weight_decay)
+        rates = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
+        optimizers[config.optimizer] = kind(matrices, **rates)
     return optimizers
 
 
 # ---- Training, for real --------------------------------------------------------------------------
+# Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32:
+# with 3 digits, 1 + 0.0001 is rounded to 1, and all small steps would come to nothing.
+#   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
+#   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
+#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
+#          loss, and thereby all gradients, by a large factor, which is taken out before they are
+#          used. If some overflow, it leaves the step out and halves the factor
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
+KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
+
+
 @dataclass
 class TrainingConfig:
     steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
-    optimizer: str = "muon"  # muon (for the matrices, with adamw for the rest) or adamw
+    optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
     lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
     matrix_lr: float = 0.01  # Muon's learning rate for matrices
     weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
@@ -189,22 +211,17 @@ class TrainingConfig:
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        if self.optimizer not in ("muon", "adamw"):
-            raise CourseError(f"--optimizer {self.optimizer}: choose muon or adamw")
+        for name, kinds in KINDS.items():
+            if getattr(self, name) not in kinds:
+                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
 
 
-# Numbers in 16 bits take half the memory, and products of them are faster:
-#   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
-#   bf16   8 and 8: the same range, 2 to 3 digits. What training needs is range, so this just works
-#   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0: so a scaler multiplies the
-#          loss by a large factor and divides the gradients by it; when they overflow, it leaves the
-#          step out and halves the factor
 def train(model, batch, config, machine, folder, judge, keep, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
     batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
-    loss, bits per byte, a remark. keep(model) stores the best so far. saved: a checkpoint to go on
-    from. Raises CourseError where memory is full or the gradient is no number.
+    loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint to go on from.
+    Raises CourseError where memory is full or the gradient is no number.
     """
     optimizers = make_optimizers(model.train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -237,19 +254,17 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                 losses += terms.detach()
 
             # 3. So do those of several GPUs, which had other sequences of the same step.
-            stop = run.is_interrupted or run.is_out_of_patience()
-            stop = torch.full((1,), float(stop), device=machine.device)
-            if machine.world > 1:
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                for tensor in [stop, losses, *gradients]:
-                    distributed.all_reduce(tensor)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            for tensor in [losses, *gradients]:
+                machine.total(tensor)
 
             # 4. Divide by the scaler's factor, and only then look at the length of the gradient, of
-            #    all weights as one vector: if too long, shorten it. Fetch all numbers at once.
+            #    all weights as one vector: 65,536 times as long, any would be cut down to `clip`.
+            #    A batch that is odd makes it long, and one such step can undo hundreds.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *losses, norm, stop = torch.cat((losses, norm[None], stop)).tolist()
+            *losses, norm = torch.cat((losses, norm[None])).tolist()
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -259,15 +274,15 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
             # 6. Log; now and then evaluate and save.
             run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
-            if not math.isfinite(norm) and scaler.get_scale() <= 1:
-                run.diverged("gradient", norm)
-            is_due = stop > 0 or step + 1 == config.steps or (step + 1) % config.eval_every == 0
-            if is_due and machine.rank == 0:
+            if scaler.get_scale() <= 1:                            # else it can still be lowered
+                run.refuse_nan(norm)
+            if (step + 1) % config.eval_every == 0 and machine.rank == 0:
                 run.take_stock(judge, keep)
-            if stop > 0:
+            if machine.total(torch.tensor(float(run.is_stopping()))) > 0:      # of any process
                 break
-        if machine.world > 1:
-            distributed.barrier()                                  # nobody leaves before rank 0
+        if machine.rank == 0 and "val_loss" not in run.log[-1]:
+            run.take_stock(judge, keep)
+        machine.total(torch.zeros(1))                              # nobody leaves before rank 0
     return run.log
 
 
@@ -281,7 +296,7 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
     """
     T = model.config.context
     starts = np.arange(0, len(tokens) - T, T)                      # of all sequences
-    if len(starts) == 0:
+    if not len(starts):
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context")
     starts = starts[::math.ceil(T * len(starts) / (limit or len(tokens)))]
     ids = torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))
@@ -295,12 +310,11 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
 
 
 def draw_curves(logs, path):
-    """Draw the columns of log.csv files {name: file} against the tokens read."""
+    """Draw the columns of log.csv files {name: file}, from the fourth on, against tokens read."""
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = dict.fromkeys(chain.from_iterable(table.dtype.names for table in tables.values()))
-    columns = list(columns)[3:]                                    # after step, tokens, seconds
+    columns = max([table.dtype.names[3:] for table in tables.values()], key=len)
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -328,45 +342,32 @@ class Config(TrainingConfig, chapter3.GPTConfig):
 
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
-    if not any(map(given.get, ("resume", "init", "test"))):
+    base = Path(given.get("out", "out")) / "base"
+    fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
+    if given.get("resume"):
+        fixed |= {"optimizer", "weight_decay"}
+        defaults = resumed_settings(base, given)
+    elif given.get("init") or given.get("test"):
+        defaults = {"init": str(base), "context": 0, **GENTLE}
+    else:
         on_gpu = torch.cuda.is_available() and "cuda" in given.get("device", "cuda")
         name = given.get("preset") or ("gpu" if on_gpu else "small")
         return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
-    fixed = {"preset", *chapter3.SHAPE} - {"attention", "context"}             # it has a shape
-    defaults = {**GENTLE, "context": 0}
-    if given.get("resume"):
-        fixed |= {"optimizer", "weight_decay"}
-        defaults = resumed_settings(Path(given.get("out", "out")) / "base", given)
     for name in given.keys() & fixed:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
-
-
-def start_model(config, tokenizer):
-    """Return the model of --init or --test, or a new one; let the config have its shape."""
-    if config.init or config.test:
-        model = chapter3.GPT.load(config.init or f"{config.out}/base", config.context)
-        model.config.attention = config.attention
-    else:
-        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
-        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
-    vars(config).update(vars(model.config))
-    return model
 
 
 def main(config):
     """Train on out/data and keep the best model in out/base."""
     out = Path(config.out)
     folder = out / "base"
-    log = folder / "log.csv"
     if config.compare:
-        logs = {root: f"{root}/base/log.csv" for root in config.compare}
-        draw_curves(logs, out / "compare.png")
+        draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
         print(f"drew {out}/compare.png")
         return
-    if log.exists() and not (config.resume or config.test):
-        steps = len(log.read_bytes().splitlines()) - 1
-        print(f"this run replaces one of {steps} steps in {folder}: another --out keeps both")
+    if (folder / "resume.pt").exists() and not (config.resume or config.test):
+        print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
     machine = choose_machine(config)
 
     # 1. The text, and the tokenizer that it was encoded with.
@@ -381,7 +382,13 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    model = start_model(config, tokenizer).to(machine.device).eval()
+    if config.init:
+        model = chapter3.GPT.load(config.init, config.context)
+    else:
+        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
+        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
+    vars(config).update(vars(model.config))
+    model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
     if saved:
         model.load_state_dict(saved["model"])
@@ -391,18 +398,18 @@ def main(config):
             loss, bits = evaluate(model, machine, texts[split], bytes_of)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return
-    loss, _ = evaluate(model, machine, texts["val"], bytes_of, 1)
+    loss, _ = evaluate(model, machine, texts["val"], bytes_of, 4096)
     print(config)
     print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
 
     # 3. Training.
     def batch(step):
         R = max(1, config.batch_tokens // config.context)
-        x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
-        return torch.from_numpy(x), torch.from_numpy(y)
+        x_and_y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
+        return tuple(map(torch.from_numpy, x_and_y))
 
     def judge(model):
-        return *evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens), ""
+        return evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens)
 
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
@@ -423,15 +430,19 @@ class Machine:
 
     def autocast(self):
         """Return a context in which products run in the chosen precision; weights stay float32."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def split(self, whole, size):
         """Yield this process's part of tensors (R, T) on its device, `size` sequences at once."""
-        mine = [tensor[self.rank::self.world] for tensor in whole]
-        if self.device.type == "cuda":
-            mine = [tensor.pin_memory() for tensor in mine]        # copied while the GPU computes
-        return zip(*[tensor.to(self.device, non_blocking=True).split(size) for tensor in mine])
+        mine = [tensor[self.rank::self.world].to(self.device) for tensor in whole]
+        return zip(*[tensor.split(size) for tensor in mine])
+
+    def total(self, tensor):
+        """Add to a tensor those of the other processes, which it waits for; return it."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
 
 
 def choose_device(name):
@@ -455,15 +466,13 @@ def choose_machine(config):
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # new in torch
         precision = "bf16"
-    precision = config.precision or precision
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise CourseError(f"--precision {precision}: choose fp32, bf16 or fp16")
-    machine = Machine(device, precision, config.compile and device.type != "mps",
+    machine = Machine(device, config.precision or precision,
+                      config.compile and device.type != "mps",
                       int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if machine.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")       # one process talks for all
     print(machine)
-    if precision == "fp16":
+    if machine.precision == "fp16":
         config.optimizer = "adamw"
         print("fp16: adamw for all weights, as muon needs bf16")
     if machine.world > 1:
@@ -473,20 +482,23 @@ def choose_machine(config):
 
 
 def compile_objective(objective, micro_batch, machine):
-    """Return the objective, compiled if that works: it is tried on a micro-batch."""
+    """Return the objective, compiled in pieces if that works: blocks are alike, one serves all."""
     if not machine.compile:
         return objective
-    print("compiling: up to a minute")
-    compiled = torch.compile(objective)
+    print("compiling: up to half a minute")
+    for part in [*objective[0].layers, objective[0].norm]:
+        part.compile()
+    objective.sums = torch.compile(objective.sums)
+    torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
     try:
         with machine.autocast():
-            terms = compiled(*micro_batch)
+            terms = objective(*micro_batch)
         terms.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"not compiled, so slower: {str(error).splitlines()[0]}")
-        compiled = objective
+        torch.compiler.set_stance("force_eager")                   # from now on, nothing is
     objective.zero_grad()                                          # that was no step
-    return compiled
+    return objective
 
 
 # ---- Tools: a run, its checkpoint and its files --------------------------------------------------
@@ -508,15 +520,15 @@ class Run:
     is_interrupted: bool = False
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGINT, self.interrupt)
         return self
 
     def __exit__(self, kind, error, trace):
-        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if "to allocate" in str(error):                            # CPU, CUDA and MPS all say it
             raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
                               "same step in more parts; else lower --context") from None
-        if self.is_interrupted and not error:
+        if self.is_interrupted and not error and len(self.log) < self.config.steps:
             print(f"stopped after step {len(self.log)} and saved: --resume goes on")
             sys.exit(130)
 
@@ -531,40 +543,43 @@ class Run:
         self.log = saved["log"]
         for name, part in self.parts.items():
             part.load_state_dict(saved.pop(name))                  # it need not stay in memory
-        if len(self.log) >= self.config.steps or self.is_out_of_patience():
-            raise CourseError(f"this run is over, after {len(self.log)} steps: more --steps or "
-                              "--patience go on; without --resume, a new one begins")
+        if len(self.log) >= self.config.steps or self.is_stopping():
+            raise CourseError("this run is finished: with more --steps or --patience it goes on, "
+                              "without --resume a new one begins")
 
     def evals_without_gain(self):
         """Return how many evaluations there have been after the best one."""
         losses = [math.inf] + [row["val_loss"] for row in self.log if "val_loss" in row]
         return losses[::-1].index(min(losses))
 
-    def is_out_of_patience(self):
-        return 0 < self.config.patience <= self.evals_without_gain()
+    def is_stopping(self):
+        return self.is_interrupted or 0 < self.config.patience <= self.evals_without_gain()
 
     def log_step(self, losses, norm, scale, tokens, seconds):
         """Add a row to the log; print the first and every hundredth."""
         step = len(self.log) + 1
-        self.log.append({
-            "step": step, "tokens": step * tokens, "seconds": seconds,
-            **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
-            "tokens_per_second": tokens / seconds})
+        row = {"step": step, "tokens": step * tokens, "seconds": seconds,
+               **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
+               "tokens_per_second": tokens / seconds}
+        if torch.cuda.is_initialized():                            # how busy and how full it is
+            shape = self.parts["model"].config                     # see show_parts in chapter 3
+            scores = shape.layers * shape.heads * shape.head_width * shape.context
+            weights = sum(p.numel() for p in self.parts["model"].parameters())
+            row["tflops"] = 6 * (weights + scores) * tokens / seconds / 1e12
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.log.append(row)
         if step == 1 or step % 100 == 0:
-            row = [f"{name} {value:,.6g}" for name, value in self.log[-1].items()]
-            print(", ".join(row), flush=True)
+            print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
 
     def take_stock(self, judge, keep):
         """Evaluate the model, keep it if it is the best so far, and save the run."""
-        if self.is_out_of_patience():                              # evaluated one step ago
-            return
         model = self.parts["model"]
-        loss, bits, remark = judge(model.eval())
+        with torch.compiler.set_stance("force_eager"):             # only training is compiled
+            loss, bits, *_ = judge(model.eval())
         model.train()
-        if math.isnan(loss):
-            self.diverged("held-out loss", loss)
+        self.refuse_nan(loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
-        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte {remark}")
+        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
         if self.evals_without_gain() == 0:
             keep(model)
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -581,11 +596,13 @@ class Run:
                 np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
             draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
 
-    def diverged(self, what, value):
+    def refuse_nan(self, value):
         """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-        folder = self.folder / "diverged"
-        self.write_log(folder)
-        raise CourseError(f"the {what} is {value}: lower --lr and --matrix-lr (see {folder})")
+        if not math.isfinite(value):
+            folder = self.folder / "diverged"
+            self.write_log(folder)
+            raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
+                              f"the curves are in {folder}")
 
 
 def read_checkpoint(folder):

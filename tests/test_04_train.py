@@ -271,6 +271,36 @@ def test_without_a_compiler_training_goes_on(tmp_path):
         assert column(read_checkpoint(tmp_path)["log"], name) == column(log, name)
 
 
+def test_one_block_is_compiled_and_evaluation_compiles_nothing(tmp_path, monkeypatch):
+    """One piece for all blocks, one for the norm, one for the loss; with adapters, no two blocks are alike."""
+    pieces = []
+    def backend(graph, inputs):
+        pieces.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    machine = replace(CPU, compile=True)
+    torch._dynamo.reset()
+    train(tmp_path, replace(SETTINGS, steps=12), model_of(layers=10), machine, batch=full_batch)
+    assert len(pieces) == 3
+    adapted = model_of(layers=10)
+    for block in adapted.layers:
+        torch.nn.utils.parametrize.register_parametrization(block.mlp.up_proj, "weight", torch.nn.Identity())
+    chapter4.compile_objective(chapter4.Objective(adapted), full_batch(0), machine)
+    assert len(pieces) == 3 + 10
+    torch._dynamo.reset()
+
+
+def test_a_gpu_tells_how_busy_it_is(tmp_path, monkeypatch):
+    """6 operations a weight, and as many for each product of a query and a key: 2 layers of 2 heads of 16 numbers, 16 keys."""
+    operations = 6 * (sum(p.numel() for p in model_of().parameters()) + 2 * 2 * 16 * 16)       # a token
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 10**9)
+    _, log = train(tmp_path)
+    for row in log:
+        assert row["peak_gb"] == 3 and row["tflops"] == pytest.approx(row["tokens_per_second"] * operations / 1e12)
+    assert "peak_gb" in rows_of(tmp_path / "log.csv")[0]
+
+
 # ---- Schedule and optimizers
 
 def test_the_learning_rate_at_its_corners():
@@ -411,7 +441,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
     train(tmp_path, replace(SETTINGS, steps=4))
     before = files_in(tmp_path)
     spoil(monkeypatch, range(first_bad, 100))
-    with pytest.raises(CourseError, match="the gradient is nan: lower --lr and --matrix-lr"):
+    with pytest.raises(CourseError, match="the loss or its gradient is nan: lower --lr and --matrix-lr"):
         train(tmp_path, judge=lambda model: (1.0, 1.0, ""))
     assert (files_in(tmp_path) == before) == (first_bad == 2) and files_in(tmp_path).keys() == before.keys()
     rows = rows_of(tmp_path / "diverged" / "log.csv")
@@ -419,7 +449,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
 
 
 def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
-    with pytest.raises(CourseError, match="held-out loss is nan"):
+    with pytest.raises(CourseError, match="its gradient is nan"):
         train(tmp_path, judge=lambda model: (math.nan, 1.0, ""), keep=lambda model: pytest.fail("kept"))
     assert not files_in(tmp_path)
 
@@ -465,6 +495,18 @@ def test_stopped_and_resumed_equals_unbroken_to_the_bit(tmp_path, capfd, case, s
             for name in ("seconds", "tokens_per_second", *["val_loss", "val_bits_per_byte"] * (row["step"] % 4 > 0)):
                 row.pop(name, None)                            # to stop is to evaluate
     assert same(whole, parts)
+
+
+def test_asked_before_its_first_step_a_run_takes_one_and_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(chapter4, "compile_objective", lambda objective, *_: os.kill(os.getpid(), signal.SIGINT) or objective)
+    with pytest.raises(SystemExit):
+        train(tmp_path)
+    assert len(read_checkpoint(tmp_path)["log"]) == 1
+
+
+def test_asked_in_its_last_step_a_run_is_over_as_usual(tmp_path, capfd):
+    _, log = train(tmp_path, batch=signalled(7))
+    assert len(log) == 8 and "stopped" not in capfd.readouterr().out and len(read_checkpoint(tmp_path)["log"]) == 8
 
 
 def test_asked_twice_it_stops_at_once_and_other_errors_pass(tmp_path, monkeypatch):
@@ -515,8 +557,8 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
     losses, kept = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.5, 1.4]), []
     more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
     _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
-    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 17
-    with pytest.raises(CourseError, match="this run is over, after 16 steps: .*--patience"):
+    assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 16
+    with pytest.raises(CourseError, match="this run is finished: .*--patience"):
         train(tmp_path, replace(SETTINGS, steps=40, patience=2), saved=read_checkpoint(tmp_path), **more)
     _, log = train(tmp_path, replace(SETTINGS, steps=28, patience=3), saved=read_checkpoint(tmp_path), **more)
     assert column(log, "val_loss")[4:] == [1.0, 1.5, 1.4] and len(kept) == 3
@@ -524,7 +566,7 @@ def test_patience_stops_and_the_best_is_kept(tmp_path):
 
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(tmp_path):
     train(tmp_path)
-    with pytest.raises(CourseError, match="over, after 8 steps: more --steps"):
+    with pytest.raises(CourseError, match="this run is finished: with more --steps"):
         train(tmp_path, saved=read_checkpoint(tmp_path))
     saved = read_checkpoint(tmp_path)
     saved["log"] = [{**row, "older": 1.0} for row in saved["log"]]             # a log may have had other columns
@@ -597,14 +639,15 @@ def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, mon
         main(*flags)
     base = main("--resume")                                    # the checkpoint is all that it needs
     assert same(whole, GPT.load(base).state_dict()) and GPT.load(base).config.norm == "layernorm"
-    with pytest.raises(CourseError, match="over, after 8 steps"):
+    with pytest.raises(CourseError, match="this run is finished"):
         main("--resume")
     assert "replaces" not in capsys.readouterr().out
     main("--resume", "--steps", 10)                            # a flag that is given wins
     saved = read_checkpoint(base)
     assert len(saved["log"]) == 10 and saved["config"]["steps"] == 10 and saved["config"]["dropout"] == 0.2
+    capsys.readouterr()
     main(*flags)
-    assert capsys.readouterr().out.count("this run replaces one of 10 steps") == 1
+    assert capsys.readouterr().out.startswith("this run replaces the one in")
 
 
 def test_presets_hold_shape_and_recipe():
@@ -650,7 +693,7 @@ def test_compare_draws_several_runs(main, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon or adamw"), (("--precision", "fp8"), "fp16"),
+    (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon.*adamw"), (("--precision", "fp8"), "fp16"),
     (("--resume",), "resume.pt"), (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
     (("--context", 10**6), "smaller --context"), (("--attention", "flash"), "choose of"), (("--steps", 0), "--steps"),
     (("--micro-batch", 0), "at least 1"), (("--width", 33), "multiple of --heads"), (("--compare", "nowhere"), "nowhere")])
@@ -662,7 +705,7 @@ def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, words):
 
 
 def test_what_argparse_refuses_has_status_2_and_fp16_takes_adamw(main, capsys):
-    for flags in (("--warmup", "-3"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)):
+    for flags in (("--warmup", "-3"), ("--patience", "-1"), ("--lr", "nan"), ("--lr", "fast"), ("--no-such-flag",)):
         with pytest.raises(SystemExit) as stopped:
             main(*flags)
         assert stopped.value.code == 2

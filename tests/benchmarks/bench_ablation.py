@@ -64,8 +64,7 @@ def draw(results, path):
         axis.yaxis.set_minor_formatter("{x:.1f}")
         axis.yaxis.set_major_formatter("{x:.1f}")
     left.legend(fontsize=8)
-    with chapter1.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    chapter1.save_figure(figure, path)
 
 
 def main():
