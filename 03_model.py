@@ -234,7 +234,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2))
         k = self.k_norm(self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2))
         v = self.v_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
-        if angles is not None:                                     # None: positions are learned
+        if self.config.positions == "rope":
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         return q, k, v
@@ -336,10 +336,8 @@ class GPT(nn.Module):
             visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
-        angles = None
-        if self.embed_positions is None:
-            angles = rope_angles(self.config, positions)           # (T, D) each
-        else:
+        angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
+        if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
         for block in self.layers:
