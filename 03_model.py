@@ -65,11 +65,14 @@ def who_sees(T, S, documents=None, device=None):
     """Return the causal mask: True where one of the last T of S positions may look at one of all S.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence.
+    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence. Where
+    all is visible there is no mask, but None.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
+    if T == 1 and documents is None:             # the last position alone, as in sampling
+        return None
     seen = torch.arange(S, device=device)        # (S)
     asks = seen[S - T:, None]                    # (T, 1)
     visible = seen <= asks                       # (T, S)
@@ -100,17 +103,16 @@ def attention(q, k, v, visible=None, kind="formula"):
     if groups > 1:                               # grouped heads: so many queries share a key
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's kernel, which has a causal mask built in
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
-    if kind == "blocks":
+    if kind == "fused":                          # torch's kernel: a whole text needs no mask there
+        causal = visible is None and q.shape[2] == k.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
+    if kind == "blocks" and visible is not None:
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
 
 
-def choose_attention(kind, T, S, device):
-    """Return what is to be done: a lone query is one small product; up to 256 keys, one is best."""
-    if T == 1:
-        return "formula"
+def choose_attention(kind, S, device):
+    """Return what "auto" stands for: up to 256 keys, one large product is the fastest anyway."""
     if kind != "auto":
         return kind
     if S <= 256:
@@ -328,11 +330,9 @@ class GPT(nn.Module):
         S = past + T
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
-        kind = choose_attention(self.config.attention, T, S, ids.device)
-        # A lone query sees all, and the fused kernel has the causal mask of a whole text built in.
-        needs_none = T == 1 or (kind == "fused" and not past)
-        visible = None
-        if documents is not None or not needs_none:
+        kind = choose_attention(self.config.attention, S, ids.device)
+        visible = None                                             # the fused kernel makes its own
+        if kind != "fused" or documents is not None or past:
             visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
