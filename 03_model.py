@@ -65,13 +65,12 @@ def who_sees(T, S, documents=None, device=None):
     """Return the causal mask: True where one of the last T of S positions may look at one of all S.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence. Where
-    all is visible there is no mask, but None.
+    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
-    if T == 1 and documents is None:             # the last position alone, as in sampling
+    if T == 1 and documents is None:             # a lone query sees all: no mask
         return None
     seen = torch.arange(S, device=device)        # (S)
     asks = seen[S - T:, None]                    # (T, 1)
@@ -374,7 +373,7 @@ def show_parts(config):
 def show_causality(config):
     """Print the loss of a random model, -log P(next token), and whether it looks ahead."""
     V = config.vocab_size
-    model = GPT(replace(config, layers=2, dropout=0.0))
+    model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
     half = max(1, min(64, config.context // 2))
     ids, targets = torch.randint(V, (2, 8, 2 * half))              # (B, T) each
     logits = model(ids)                                            # (B, T, V)
@@ -472,10 +471,9 @@ FAMILIES = {  # model_type: (its class in transformers, its settings, what else 
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False})}
 EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
-    "hidden_act": "silu", "activation_function": "gelu_new", "rope_type": "default",
-    "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "quantization_config": None}
+    "activation_function": "gelu_new", "use_sliding_window": False, "rope_type": "default",
+    "hidden_act": "silu", "rope_scaling": None, "scale_attn_weights": True, "mlp_bias": False,
+    "scale_attn_by_inverse_layer_idx": False, "quantization_config": None, "attention_bias": False}
 GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
     "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
     "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
@@ -545,11 +543,11 @@ def save_model(model, folder):
     for name, views in family_tensors(model, family).items():
         array = torch.cat(views, dim=-1).float().cpu().numpy()
         arrays.append(array)
-        begin = end
-        end += array.nbytes
         if name != "lm_head.weight":
             name = prefix + name
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
+        offsets = [end, end + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
+        end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
     with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
