@@ -61,7 +61,7 @@ def attention_formula(q, k, v, visible=None):
     return weights @ v                           # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
-def who_sees(T, S, documents=None, device=None):
+def who_sees(T, S, documents=None, device=None, kind="formula"):
     """Return the causal mask: True where one of the last T of S positions may look at one of all S.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
@@ -70,8 +70,8 @@ def who_sees(T, S, documents=None, device=None):
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
-    if T == 1 and documents is None:             # a lone query sees all: no mask
-        return None
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None                              # one query sees all; the fused kernel masks itself
     seen = torch.arange(S, device=device)        # (S)
     asks = seen[S - T:, None]                    # (T, 1)
     visible = seen <= asks                       # (T, S)
@@ -197,8 +197,7 @@ class GPTConfig:
             if getattr(self, name) not in kinds:
                 raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
         self.kv_heads = self.kv_heads or self.heads
-        sizes = self.width, self.heads, self.kv_heads
-        if min(sizes) < 1 or self.width % self.heads or self.heads % self.kv_heads:
+        if min(self.width, self.heads) < 1 or self.width % self.heads or self.heads % self.kv_heads:
             raise CourseError(f"--width {self.width} must be a multiple of --heads {self.heads}, "
                               f"that one of --kv-heads {self.kv_heads}, and none 0")
         self.head_width = self.head_width or self.width // self.heads
@@ -330,9 +329,7 @@ class GPT(nn.Module):
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         kind = choose_attention(self.config.attention, S, ids.device)
-        visible = None                                             # the fused kernel makes its own
-        if kind != "fused" or documents is not None or past:
-            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
+        visible = who_sees(T, S, documents, ids.device, kind)      # (T, S), (B, 1, T, S) or None
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
@@ -535,6 +532,7 @@ def family_tensors(model, family):
 # A safetensors file: 8 bytes N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the numbers.
 def save_model(model, folder):
     """Write config.json and model.safetensors (float32)."""
+    folder = Path(folder)
     family = family_of(model.config)
     prefix = "transformer." if family == "gpt2" else "model."
     header = {"__metadata__": {"format": "pt"}}
@@ -550,9 +548,9 @@ def save_model(model, folder):
         end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
-    with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
+    with chapter1.replacing(folder / "model.safetensors") as path, open(path, "wb") as file:
         file.writelines([len(text).to_bytes(8, "little"), text, *arrays])
-    chapter1.write_json(Path(folder) / "config.json", write_config(model.config, family))
+    chapter1.write_json(folder / "config.json", write_config(model.config, family))
 
 
 def read_safetensors(path):
