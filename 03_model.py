@@ -575,7 +575,7 @@ def load_model(folder, context=0):
     if not folder.is_dir():
         raise CourseError(f"there is no folder {folder} "
                           "(04_train.py makes OUT/base, 06_finetune.py OUT/chat)")
-    data = chapter1.read_json(folder / "config.json", "whoever made the model")
+    data = chapter1.read_json(folder / "config.json", "the script that made the model")
     found = {}
     try:
         with torch.device("meta"):                             # shapes without numbers
