@@ -213,10 +213,9 @@ class GPTConfig:
 class Attention(nn.Module):
     """Project x to queries, keys and values, let the heads attend, project back."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.layer = layer
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
         # Why fewer heads with keys? Sampling (chapter 5) keeps the keys and values of all positions
         # and reads them again for each token: K / H of the memory, and long texts go faster.
@@ -242,7 +241,7 @@ class Attention(nn.Module):
     def forward(self, x, angles, visible, kind, cache):
         q, k, v = self.project(x, angles)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                  # (B, K, T, D) -> (B, K, S, D)
+            k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, kind)                      # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H D) -> (B, T, C)
 
@@ -270,10 +269,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Gather, then think: both add to the stream x (B, T, C)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = NORMS[config.norm](config.width, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = NORMS[config.norm](config.width, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -298,7 +297,7 @@ class GPT(nn.Module):
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.context, config.width)
-        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None
@@ -503,8 +502,7 @@ def read_config(data):
     for name, value in EXPECTED.items():
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
-    found = {ours: data[theirs] for ours, theirs in settings.items()
-             if data.get(theirs) is not None}
+    found = {ours: data[theirs] for ours, theirs in settings.items() if theirs in data}
     return GPTConfig(**{"heads": 0, **parts, **found})         # if it does not say, 0 is refused
 
 
