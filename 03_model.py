@@ -446,7 +446,7 @@ def main(config):
     show_parts(config)
     show_causality(config)
     if config.positions == "rope":
-        draw_rope(config, Path(config.out) / "rope.png")
+        draw_rope(config, f"{config.out}/rope.png")
     else:
         print("its positions are learned: there are no angles to draw")
     print(f"next: {chapter1.command('04_train.py', config)}")
@@ -530,7 +530,6 @@ def family_tensors(model, family):
 # A safetensors file: 8 bytes N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the numbers.
 def save_model(model, folder):
     """Write config.json and model.safetensors (float32)."""
-    folder = Path(folder)
     family = family_of(model.config)
     prefix = "transformer." if family == "gpt2" else "model."
     header = {"__metadata__": {"format": "pt"}}
@@ -541,14 +540,14 @@ def save_model(model, folder):
         arrays.append(array)
         if name != "lm_head.weight":
             name = prefix + name
-        offsets = [end, end + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
+        header[name] = {"dtype": "F32", "shape": array.shape,
+                        "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
-    with chapter1.replacing(folder / "model.safetensors") as path, open(path, "wb") as file:
+    with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
         file.writelines([len(text).to_bytes(8, "little"), text, *arrays])
-    chapter1.write_json(folder / "config.json", write_config(model.config, family))
+    chapter1.write_json(Path(folder) / "config.json", write_config(model.config, family))
 
 
 def read_safetensors(path):
@@ -585,7 +584,7 @@ def load_model(folder, context=0):
             found.pop("lm_head.weight", None)                  # it is the embedding
         odd = sorted(expected.keys() ^ found.keys())
         if odd:
-            raise CourseError(f"tensors missing, or not expected: {', '.join(odd[:9])}")
+            raise CourseError(f"tensors missing, or not expected: {odd[:9]}")
         for name, views in expected.items():
             for view, part in zip(views, found[name].chunk(len(views), dim=-1)):
                 if view.shape != part.shape:

@@ -155,7 +155,7 @@ class KVCache:
             self.keys_values[layer] = k.new_empty(2, B, K, self.size, D)
         kept = self.keys_values[layer][:, :, :, :self.length + k.shape[2]]
         kept[:, :, :, self.length:] = torch.stack((k, v))
-        return kept.unbind()
+        return kept                                            # its first axis: k, v = kept
 
 
 @torch.inference_mode()
