@@ -36,7 +36,8 @@ CourseError = chapter1.CourseError
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T and those in a cache
 #   H  heads     K  heads with keys of their own     D  numbers of one head     L  blocks
 #   C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-#   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes
+#   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes,
+#           dim=-1 is along the last axis (the README has torch in half a page)
 # Folders that transformers opens (model.save, GPT.load) are tools: they stand at the file's end.
 
 
@@ -46,7 +47,8 @@ CourseError = chapter1.CourseError
 # the larger their product, and the more of that value is taken. "sat" asks who does it, say:
 #     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); products: 0, 4, 2
 #     over sqrt(2): 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
-# So "sat" takes .77 of the value of "cat" and little of the others.
+# So "sat" takes .77 of the value of "cat" and little of the others. Heads do so side by side, each
+# with queries, keys and values of its own: one may look for who does it, another for where.
 # Why sqrt(D)? A sum of D random products grows like sqrt(D). With large scores, softmax gives all
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
@@ -59,7 +61,7 @@ def attention_formula(q, k, v, visible=None):
     return weights @ v                           # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
-def who_sees(T, S, documents=None, device=None):
+def who_sees(T, S, documents=None, device=None, kind="formula"):
     """Return the causal mask: True where one of the last T of S positions may look at one of all S.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
@@ -68,6 +70,8 @@ def who_sees(T, S, documents=None, device=None):
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None                              # one query sees all; the fused kernel masks itself
     seen = torch.arange(S, device=device)        # (S)
     asks = seen[S - T:, None]                    # (T, 1)
     visible = seen <= asks                       # (T, S)
@@ -98,9 +102,10 @@ def attention(q, k, v, visible=None, kind="formula"):
     if groups > 1:                               # grouped heads: so many queries share a key
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's kernel; it knows the causal mask by heart
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
-    if kind == "blocks":
+    if kind == "fused":                          # torch's kernel: a whole text needs no mask there
+        causal = visible is None and q.shape[2] == k.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
+    if kind == "blocks" and visible is not None:
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
 
@@ -119,23 +124,23 @@ def choose_attention(kind, S, device):
 # or key by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
 # The product of two such pairs depends on the angle between them: for a query at m and a key at n
-# that is the angle they had, plus (m - n) w. So only the distance counts, wherever the two stand.
-# Every pair turns at a speed w of its own: the fast ones tell neighbours apart, but a full circle
-# later they look the same; the slow ones tell near from far.
+# that is the angle they had, plus (m - n) w. So only the distance counts: with w = 0.1, positions
+# 7 and 5 add 0.2 to it, as 102 and 100 do. Every pair turns at a speed w of its own: the fast ones
+# tell neighbours apart, but a full circle later look the same; the slow ones tell near from far.
 def rope_angles(config, positions):
-    """Return cos and sin, each (T, D), of the angles at each position (T)."""
+    """Return cos and sin, each (T, D), of the angles at each position (T), for `rotate`."""
     pairs = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
     speeds = config.rope_theta ** -pairs                       # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
-    angles = angles.repeat(1, 2)                                   # (T, D)
+    # cos(-a) is cos(a), but sin(-a) is -sin(a): the minus sign that x's half of the formula has.
+    angles = torch.cat((-angles, angles), dim=1)                   # (T, D)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (x[i], x[i + D/2]) of queries or keys (B, H, T, D) by the angles (T, D)."""
-    first, second = x.chunk(2, dim=-1)                             # (B, H, T, D/2) each
-    turned = torch.cat((-second, first), dim=-1)                   # by a right angle
-    return (x * cos + turned * sin).type_as(x)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)                    # its halves: (x, y) -> (y, x)
+    return (x * cos + swapped * sin).type_as(x)
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
@@ -192,9 +197,9 @@ class GPTConfig:
             if getattr(self, name) not in kinds:
                 raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
         self.kv_heads = self.kv_heads or self.heads
-        if self.heads < 1 or self.width % self.heads or self.heads % self.kv_heads:
+        if min(self.width, self.heads) < 1 or self.width % self.heads or self.heads % self.kv_heads:
             raise CourseError(f"--width {self.width} must be a multiple of --heads {self.heads}, "
-                              f"and that one of --kv-heads {self.kv_heads}")
+                              f"that one of --kv-heads {self.kv_heads}, and none 0")
         self.head_width = self.head_width or self.width // self.heads
         if self.head_width % 2:
             raise CourseError(f"--head-width {self.head_width} must be even: RoPE turns pairs")
@@ -208,12 +213,12 @@ class GPTConfig:
 class Attention(nn.Module):
     """Project x to queries, keys and values, let the heads attend, project back."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.layer = layer
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
-        # Why fewer heads with keys? In sampling all keys and values are kept: K / H of the memory.
+        # Why fewer heads with keys? Sampling (chapter 5) keeps the keys and values of all positions
+        # and reads them again for each token: K / H of the memory, and long texts go faster.
         self.q_proj = nn.Linear(C, H * D, config.bias)
         self.k_proj = nn.Linear(C, K * D, config.bias)
         self.v_proj = nn.Linear(C, K * D, config.bias)
@@ -236,7 +241,7 @@ class Attention(nn.Module):
     def forward(self, x, angles, visible, kind, cache):
         q, k, v = self.project(x, angles)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)                  # (B, K, T, D) -> (B, K, S, D)
+            k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, kind)                      # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H D) -> (B, T, C)
 
@@ -264,10 +269,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Gather, then think: both add to the stream x (B, T, C)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = NORMS[config.norm](config.width, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = NORMS[config.norm](config.width, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -284,12 +289,15 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if min(config.vocab_size, config.context, config.layers) < 1:
+            raise CourseError(f"--vocab-size {config.vocab_size}, --context {config.context}, "
+                              f"--layers {config.layers}: each must be at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.context, config.width)
-        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None
@@ -320,12 +328,10 @@ class GPT(nn.Module):
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         kind = choose_attention(self.config.attention, S, ids.device)
-        visible = None                                             # the fused kernel makes its own
-        if kind != "fused" or documents is not None or past:
-            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
+        visible = who_sees(T, S, documents, ids.device, kind)      # (T, S), (B, 1, T, S) or None
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
-        angles = rope_angles(self.config, positions)               # (T, D), for RoPE
+        angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
@@ -345,8 +351,8 @@ class GPT(nn.Module):
 def show_parts(config):
     """Print the parameters of a model, of its blocks the first only, and what they cost.
 
-    To train on a token takes about 6 operations a weight: each is multiplied and added on the way
-    forward (2), and twice as often on the way back, for the gradients of weights and inputs (4).
+    To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
+    the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
     The scores of attention have no weights, but cost likewise: C products with each of T keys.
     """
     with torch.device("meta"):                                     # shapes without numbers
@@ -363,11 +369,11 @@ def show_parts(config):
 def show_causality(config):
     """Print the loss of a random model, -log P(next token), and whether it looks ahead."""
     V = config.vocab_size
-    model = GPT(replace(config, layers=2, dropout=0.0))
-    half = min(64, config.context // 2)
-    ids = torch.randint(V, (8, 2 * half))                          # (B, T)
+    model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
+    half = max(1, min(64, config.context // 2))
+    ids, targets = torch.randint(V, (2, 8, 2 * half))              # (B, T) each
     logits = model(ids)                                            # (B, T, V)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     print(f"first loss {loss:.2f} (2 layers); a guess among {V} tokens: {math.log(V):.2f}")
     ids[:, half:] = 0                                              # another second half
     first, second = (model(ids) - logits).abs().split(half, dim=1)
@@ -400,9 +406,6 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
                 eval_every=80),
     "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
     "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768),
-    "gpt2-medium": dict(LARGE, **GPT2, layers=24, heads=16, width=1024),
-    "gpt2-large": dict(LARGE, **GPT2, layers=36, heads=20, width=1280),
-    "gpt2-xl": dict(LARGE, **GPT2, layers=48, heads=25, width=1600),
 }
 SHAPE = list(asdict(GPTConfig()))
 
@@ -443,7 +446,9 @@ def main(config):
     show_parts(config)
     show_causality(config)
     if config.positions == "rope":
-        draw_rope(config, Path(config.out) / "rope.png")
+        draw_rope(config, f"{config.out}/rope.png")
+    else:
+        print("its positions are learned: there are no angles to draw")
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
@@ -462,10 +467,9 @@ FAMILIES = {  # model_type: (its class in transformers, its settings, what else 
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False})}
 EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
-    "hidden_act": "silu", "activation_function": "gelu_new", "rope_type": "default",
-    "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "quantization_config": None}
+    "activation_function": "gelu_new", "use_sliding_window": False, "rope_type": "default",
+    "hidden_act": "silu", "rope_scaling": None, "scale_attn_weights": True, "mlp_bias": False,
+    "scale_attn_by_inverse_layer_idx": False, "quantization_config": None, "attention_bias": False}
 GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
     "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
     "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
@@ -481,10 +485,9 @@ def write_config(config, family):
     architecture, settings, _ = FAMILIES[family]
     data = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
     # transformers 4 reads rope_theta itself, transformers 5 looks into rope_parameters.
-    data.update(model_type=family, architectures=[architecture], bos_token_id=None,
-                eos_token_id=None,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta})
-    return data
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {"model_type": family, "architectures": [architecture], **data,
+            "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None}
 
 
 def read_config(data):
@@ -495,12 +498,11 @@ def read_config(data):
     if family not in FAMILIES:
         raise CourseError(f"a model of type {family} is not supported")
     _, settings, parts = FAMILIES[family]
-    data.update(data.get("rope_parameters") or {})
+    data = {**data, **(data.get("rope_parameters") or {})}
     for name, value in EXPECTED.items():
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
-    found = {ours: data[theirs] for ours, theirs in settings.items()
-             if data.get(theirs) is not None}
+    found = {ours: data[theirs] for ours, theirs in settings.items() if theirs in data}
     return GPTConfig(**{"heads": 0, **parts, **found})         # if it does not say, 0 is refused
 
 
@@ -517,10 +519,10 @@ def family_tensors(model, family):
     tensors = {}
     for name, parameter in model.named_parameters():
         view = parameter.detach()
-        if family == "gpt2":                     # its q, k and v are joined, its matrices (in, out)
+        if family == "gpt2":                     # its q, k and v are joined
             name = ".".join([GPT2_NAMES.get(part, part) for part in name.split(".")])
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                view = view.T
+            if name.startswith("h.") and view.ndim == 2:
+                view = view.T                    # and its matrices are (in, out)
         tensors.setdefault(name, []).append(view)
     return tensors
 
@@ -530,41 +532,37 @@ def save_model(model, folder):
     """Write config.json and model.safetensors (float32)."""
     family = family_of(model.config)
     prefix = "transformer." if family == "gpt2" else "model."
-    tensors = []
     header = {"__metadata__": {"format": "pt"}}
+    arrays = []
     end = 0
     for name, views in family_tensors(model, family).items():
-        tensor = torch.cat(views, dim=-1).float().cpu()
-        tensors.append(tensor.numpy())
-        end += tensor.nbytes
+        array = torch.cat(views, dim=-1).float().cpu().numpy()
+        arrays.append(array)
         if name != "lm_head.weight":
             name = prefix + name
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
-                        "data_offsets": [end - tensor.nbytes, end]}
+        header[name] = {"dtype": "F32", "shape": array.shape,
+                        "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
     with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
-        file.writelines([len(text).to_bytes(8, "little"), text, *tensors])
+        file.writelines([len(text).to_bytes(8, "little"), text, *arrays])
     chapter1.write_json(Path(folder) / "config.json", write_config(model.config, family))
 
 
 def read_safetensors(path):
     """Return {name, less the prefix of its family, which some files lack: tensor}."""
-    tensors = {}
-    data = np.memmap(path, mode="r")                          # its bytes: mapped, not read
+    data = np.memmap(path, mode="c")             # its bytes: mapped, not read; files stay as is
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    left = len(data) - start
+    tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        numbers = torch.from_numpy(data[start:][begin:end].copy())
-        left -= len(numbers)
-        if left < 0:
-            raise CourseError("tensors overlap")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):         # old GPT-2s: the mask
-            name = name.removeprefix("transformer.").removeprefix("model.")
-            tensors[name] = numbers.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        numbers = torch.from_numpy(data[start:][begin:end]).view(DTYPES[entry["dtype"]])
+        name = name.removeprefix("transformer.").removeprefix("model.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):             # old GPT-2s: masks
+            tensors[name] = numbers.reshape(entry["shape"])
     return tensors
 
 
@@ -572,26 +570,28 @@ def load_model(folder, context=0):
     """Open a folder of ours, or of the GPT-2, Llama or Qwen3 family. Raises CourseError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CourseError(f"there is no folder {folder}; 04_train.py makes out/base")
-    data = chapter1.read_json(folder / "config.json", "04_train.py, or whoever made the model,")
+        raise CourseError(f"there is no folder {folder} "
+                          "(04_train.py makes OUT/base, 06_finetune.py OUT/chat)")
+    data = chapter1.read_json(folder / "config.json", "the script that made the model")
     found = {}
     try:
         with torch.device("meta"):                             # shapes without numbers
             model = GPT(read_config(data)).to_empty(device="cpu")
         for path in folder.glob("model*.safetensors"):         # a large model comes in several
             found.update(read_safetensors(path))
-        for name, views in family_tensors(model, data["model_type"]).items():
-            for view, part in zip(views, found.pop(name).chunk(len(views), dim=-1)):
+        expected = family_tensors(model, data["model_type"])
+        if model.config.tied:
+            found.pop("lm_head.weight", None)                  # it is the embedding
+        odd = sorted(expected.keys() ^ found.keys())
+        if odd:
+            raise CourseError(f"tensors missing, or not expected: {odd[:9]}")
+        for name, views in expected.items():
+            for view, part in zip(views, found[name].chunk(len(views), dim=-1)):
                 if view.shape != part.shape:
                     raise CourseError(f"{name} is {part.shape}, not {view.shape}")
                 view.copy_(part)                               # whatever its dtype, float32 now
-    except LookupError as error:
-        raise CourseError(f"{folder} has no {error}")
     except Exception as error:                                 # whatever a damaged file leads to
         raise CourseError(f"{folder}: {error}".splitlines()[0])
-    found.pop("lm_head.weight", None)                          # it is the embedding, where tied
-    if found:
-        raise CourseError(f"{folder} has tensors that are not expected, like {min(found)}")
     if context:
         crop_context(model, context)
     return model
@@ -599,13 +599,12 @@ def load_model(folder, context=0):
 
 def crop_context(model, context):
     """Let a model look at `context` tokens only: its full context may need too much memory."""
-    config = model.config
-    if context > config.context:
-        raise CourseError(f"--context {context}: the model knows {config.context} positions")
-    config.context = context
+    if context > model.config.context:
+        raise CourseError(f"--context {context}: the model knows {model.config.context} positions")
+    model.config.context = context
     if model.embed_positions is not None:
-        table = model.embed_positions.weight[:context].detach().clone()
-        model.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)
+        table = model.embed_positions.weight
+        table.data = table.data[:context].clone()
 
 
 GPT.save = save_model      # model.save(folder)

@@ -130,19 +130,20 @@ class KVCache:
     looks at their keys and values. With these kept, the model reads each token just once. Grouped
     heads pay off here: with K = H / 2, half as much is kept.
     """
-    def __init__(self):
-        self.keys_values = {}                                  # {layer: (keys, values)}
+    def __init__(self, size):
+        self.size = size                                       # of positions at most
+        self.keys_values = {}                                  # {layer: (2, B, K, size, D)}
         self.length = 0                                        # set by the model when it has read
 
     def append(self, layer, k, v):
         """Add k and v (B, K, T, D) of one layer; return all of them, (B, K, S, D) each."""
-        if layer in self.keys_values:
-            # This copies all of them each time, which costs little beside using every weight.
-            keys, values = self.keys_values[layer]
-            k = torch.cat((keys, k), dim=2)
-            v = torch.cat((values, v), dim=2)
-        self.keys_values[layer] = k, v
-        return k, v
+        if layer not in self.keys_values:
+            # Room for all to come: growing would copy what is there with each new token.
+            B, K, _, D = k.shape
+            self.keys_values[layer] = k.new_empty(2, B, K, self.size, D)
+        kept = self.keys_values[layer][:, :, :, :self.length + k.shape[2]]
+        kept[:, :, :, self.length:] = torch.stack((k, v))
+        return kept                                            # its first axis: k, v = kept
 
 
 @torch.inference_mode()
@@ -159,7 +160,7 @@ def generate(model, prompts, config, vocab_size=None):
     context = model.config.context
     for _ in range(config.max_tokens):
         if cache is None or cache.length == context:           # at first, and when the view moves
-            cache = KVCache()
+            cache = KVCache(min(context, texts.shape[1] + config.max_tokens))
             unread = texts[:, window_start(texts.shape[1], context):]
         logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
         logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)

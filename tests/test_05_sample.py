@@ -159,7 +159,7 @@ def test_many_prompts_stop_when_all_have_ended_and_draw_by_their_own_seeds(monke
 
 
 def test_reading_in_parts_equals_reading_at_once(model):
-    ids, cache = torch.randint(320, (2, 12)), chapter5.KVCache()
+    ids, cache = torch.randint(320, (2, 12)), chapter5.KVCache(12)
     parts = torch.cat([model(part, cache=cache) for part in ids.split([1, 5, 2, 4], dim=1)], dim=1)
     assert torch.allclose(parts, model(ids), atol=1e-4) and cache.length == 12
 
@@ -168,11 +168,11 @@ def test_cache_holds_what_was_read_on_the_models_device(monkeypatch):
     model, caches, read = make_model(**SHAPES["grouped heads"]), [], []
     forward, make = model.forward, chapter5.KVCache
     monkeypatch.setattr(model, "forward", lambda ids, **others: read.append(ids.shape[1]) or forward(ids, **others))
-    monkeypatch.setattr(chapter5, "KVCache", lambda: caches.append(make()) or caches[-1])
+    monkeypatch.setattr(chapter5, "KVCache", lambda size: caches.append(make(size)) or caches[-1])
     ids_of(model, [[1, 2, 3]] * 2, Config(max_tokens=10))
     assert read == [3] + [1] * 9                               # each token once, and the last not at all
-    assert [k.shape for k, _ in caches[0].keys_values.values()] == [(2, 2, 12, 8)] * 2
-    model.to("meta")(torch.zeros(1, 5, dtype=torch.long, device="meta"), cache=make(), last_only=True)
+    assert [kept.shape for kept in caches[0].keys_values.values()] == [(2, 2, 2, 13, 8)] * 2 and caches[0].length == 12
+    model.to("meta")(torch.zeros(1, 5, dtype=torch.long, device="meta"), cache=make(5), last_only=True)
 
 
 def test_window_shows_the_end_of_the_text():
