@@ -359,7 +359,7 @@ def show_tokenizer(tokenizer, sample):
 @dataclass
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
-    vocab_size: int = 4096  # tokens in all: more makes texts shorter and the model larger
+    vocab_size: int = 4096  # tokens in all (GPT-2: 50,257); more: shorter texts, larger model
     out: str = "out"  # root folder of the course: everything is written below it
 
 

@@ -172,7 +172,8 @@ KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises CourseError for values that cannot work together."""
+    """The shape of a model. Deeper or wider? Usual are a width of 64 to 128 times the layers, and
+    heads of 64 or 128 numbers. Raises CourseError for values that cannot work together."""
     vocab_size: int = 4096  # V, the ids that it knows
     context: int = 256  # the most tokens it can look at; more costs memory and time
     layers: int = 4  # L, blocks on top of each other: more steps of thought

@@ -188,6 +188,8 @@ KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 
 @dataclass
 class TrainingConfig:
+    """How to train. Of all settings the learning rates matter most, and come first: try a third of
+    them, and three times as much. Larger models want lower ones."""
     steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out

@@ -47,7 +47,7 @@ class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
     prompt: str = "def"  # text to go on from; no space at its end: most tokens begin with theirs
     max_tokens: int = 200  # tokens to write at most
-    temperature: float = 0.8  # below 1 sharper, above flatter, 0 the likeliest; to chat, 0.2
+    temperature: float = 0.8  # 0 takes the likeliest, for code; 0.8 is for prose; to chat, 0.2
     top_k: int = 0  # draw among the k likeliest only (0: all)
     top_p: float = 1.0  # draw among the likeliest that together have this probability (1: all)
     samples: int = 1  # write so many texts after the same prompt: each draws other tokens
@@ -401,7 +401,8 @@ def main(config):
         start = time.perf_counter()
         written = write(model, tokenizer, ids, replace(config, seed=seed), ends)
         speed = len(written) / (time.perf_counter() - start)
-        print(f"[seed {seed}: {len(written)} tokens, {speed:.0f} per second]")
+        print(f"[seed {seed}: {len(written)} of up to {config.max_tokens} tokens, "
+              f"{speed:.0f} per second]")
         show_copied(written, tokenizer, Path(config.out, "data"))
 
 

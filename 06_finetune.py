@@ -675,7 +675,7 @@ class Config(chapter4.TrainingConfig):
     matrix_lr: float = 1e-2  # Muon's learning rate for matrices
     eval_every: int = 1100  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
-    conversations: str = ""  # JSON lines of your own, or dolly (default: tasks that can be checked)
+    conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
     examples: int = 60000  # tasks to learn from
     lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
