@@ -242,7 +242,7 @@ class Tokenizer:
     def load(cls, folder):
         """Open a folder's tokenizer.json: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds."""
         path = Path(folder) / "tokenizer.json"
-        data = read_json(path, "01_tokenizer.py")
+        data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
         try:
             return cls(data)
         except Exception as error:                         # whatever a damaged file brings about

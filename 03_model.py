@@ -1,6 +1,6 @@
 """Chapter 3 · The model: a GPT with attention by hand, able to open GPT-2, Llama and Qwen3 weights.
 
-Tokens go in; out comes, at every position, a score (logit) for each token that could be next. In
+Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
 between stands a stack of equal blocks. In each, attention lets a position gather what it needs from
 those before it, and the MLP, a small network, thinks about what was gathered. Both only add to a
 running sum, the residual stream x, so that no block can lose what an earlier one has found:
@@ -33,7 +33,7 @@ chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences in a batch     T  positions that ask     S  positions seen: T and those in a cache
+#   B  sequences in a batch     T  positions that ask     S  positions seen: T and any read before
 #   H  heads     K  heads with keys of their own     D  numbers of one head     L  blocks
 #   C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
 #   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes,
@@ -62,7 +62,7 @@ def attention_formula(q, k, v, visible=None):
 
 
 def who_sees(T, S, documents=None, device=None, kind="formula"):
-    """Return the causal mask: True where one of the last T of S positions may look at one of all S.
+    """Return the causal mask (T, S), True where one may look; the last T of S positions ask.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
     `documents` (B, S), a number per text, it sees its own text only: one mask per sequence.
@@ -71,7 +71,7 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
     [[True, True, False], [True, True, True]]
     """
     if documents is None and (T == 1 or (kind == "fused" and T == S)):
-        return None                              # one query sees all; the fused kernel masks itself
+        return None                              # one query sees all; "fused" masks by itself
     seen = torch.arange(S, device=device)        # (S)
     asks = seen[S - T:, None]                    # (T, 1)
     visible = seen <= asks                       # (T, S)
@@ -82,27 +82,31 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
 
 
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
-def attention_in_blocks(q, k, v, visible, block=128):
-    """Return what attention_formula does, for `block` queries at a time.
+# At the default context of 256, the formula is all that runs: skip this on a first reading.
+def attention_in_blocks(q, k, v, visible, size=128):
+    """Return what attention_formula does, for `size` queries at a time.
 
-    The formula computes all (T, S) scores, and the mask throws half of them away. A block of
-    queries is held only against the keys up to its last one: less work, and never (T, S) at once.
+    The formula computes all (T, S) scores, and the mask throws half of them away. A few queries are
+    held only against the keys up to the last of them: less work, and never (T, S) at once.
     """
     parts = []
-    end = k.shape[2] - q.shape[2]
-    for queries, mask in zip(q.split(block, dim=2), visible.split(block, dim=-2)):
+    end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
+    for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
         end += queries.shape[2]                                    # no key from here on is visible
         parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
     return torch.cat(parts, dim=2)                                 # (B, H, T, D)
 
 
 def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D).
+
+    visible None: all is seen; only "fused" masks by itself what comes later, where T = S.
+    """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:                               # grouped heads: so many queries share a key
+    if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's kernel: a whole text needs no mask there
+    if kind == "fused":                          # torch's own code, which can mask by itself
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -144,12 +148,11 @@ def rotate(x, cos, sin):
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
-# For those new to torch: an nn.Module holds weights (nn.Parameter) and other modules, and module(x)
-# calls its `forward`; super().__init__() lets torch find them all, to train, save and move them.
-# nn.Linear(a, b) is the product x @ W.T + bias with a matrix W (b, a) that is learnt;
-# nn.Embedding(V, C) is a table (V, C): indexed by an id, it gives that row of C numbers.
+# For those new to torch: module(x) calls the module's `forward`, and super().__init__() lets torch
+# find the weights in it, to train, save and move them. More stands in the README.
 class RMSNorm(nn.Module):
-    """Scale x (..., width), however large it grew, to unit root mean square, and by weights."""
+    """Divide x (..., width) by its root mean square, so that sums that grew stay near 1 in size;
+    then multiply each number by a learned weight."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -157,14 +160,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps): torch does it in one step, in float32 also where x is coarser
+        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits (None: the weights follow)
         return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 MLPS = {  # name: (activation function, which bends numbers; whether it is a gate for others)
-    "swiglu": (F.silu, True),                    # x sigmoid(x)
-    "gelu": (nn.GELU("tanh"), False),            # x times the share of normal numbers below x
+    "swiglu": (F.silu, True),                    # x / (1 + e^-x)
+    "gelu": (nn.GELU("tanh"), False),            # x times the chance that a Gaussian is below x
 }
 KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
          "attention": ["auto", "formula", "blocks", "fused"]}
@@ -188,7 +191,7 @@ class GPTConfig:
     bias: bool = False  # add a learned constant in linear layers (LayerNorm has one anyway)
     qk_norm: bool = True  # normalise queries and keys, so that no score grows too large
     tied: bool = True  # use the embedding matrix as lm_head as well
-    dropout: float = 0.0  # share of activations set to zero in training, against overfitting
+    dropout: float = 0.0  # share of numbers set to zero in training: less is learnt by heart
     rope_theta: float = 10000.0  # about 1 / speed of RoPE's slowest pair; more for longer contexts
     norm_eps: float = 1e-6  # keeps the norms from dividing by zero
     attention: str = "auto"  # how to compute it: formula, blocks, fused, or auto: the fastest
@@ -207,7 +210,7 @@ class GPTConfig:
         if not self.hidden:
             _, has_gate = MLPS[self.mlp]
             # A gate is a third matrix: three of 8/3 C (in steps of 64) are as large as two of 4 C.
-            self.hidden = math.ceil(self.width / 24) * 64 if has_gate else 4 * self.width
+            self.hidden = math.ceil(8 * self.width / 3 / 64) * 64 if has_gate else 4 * self.width
 
 
 # ---- The model: its parts bear the names that Llama's have in transformers -----------------------
@@ -248,7 +251,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Up, bend (else up and down were one matrix), down. A gate says how much gets through."""
+    """Widen x, bend each number (else both matrices were as good as one), and narrow it again.
+
+    With a gate, a third matrix says how much of each number gets through.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -290,6 +296,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Not in GPTConfig: chapter 4 has one before it knows the vocabulary (0 until then).
         if min(config.vocab_size, config.context, config.layers) < 1:
             raise CourseError(f"--vocab-size {config.vocab_size}, --context {config.context}, "
                               f"--layers {config.layers}: each must be at least 1")
@@ -344,8 +351,8 @@ class GPT(nn.Module):
             x = x[:, -1:]                                          # (B, T, C) -> (B, 1, C)
         # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
         # it is read, and what x must look like for it to come next. It saves V x C weights.
-        head = self.lm_head or self.embed_tokens
-        return F.linear(self.norm(x), head.weight)                 # (B, T, C) -> (B, T, V)
+        table = (self.lm_head or self.embed_tokens).weight         # (V, C)
+        return F.linear(self.norm(x), table)                       # (B, T, C) -> (B, T, V)
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
@@ -354,7 +361,8 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    The scores of attention have no weights, but cost likewise: C products with each of T keys.
+    Attention has products without weights as well: C for a key's score, C for its value. T / 2 keys
+    are seen on average, so C T more in each block.
     """
     with torch.device("meta"):                                     # shapes without numbers
         parts = dict(GPT(config).named_parameters())
@@ -400,8 +408,7 @@ GPT2 = dict(norm="layernorm", positions="learned", mlp="gelu", bias=True, qk_nor
 LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=4e-3,
              eval_every=250)
 PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 trains it
-    "small": dict(steps=2800, batch_tokens=2048, micro_batch=8, lr=6e-3, matrix_lr=0.01,
-                  eval_every=400),                                 # 4 million weights, for a CPU
+    "small": {},                                 # the defaults: 4 million weights, for a CPU
     "gpu": dict(layers=6, heads=6, width=384, dropout=0.2,         # 12 million
                 steps=640, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=6e-3,
                 eval_every=80),

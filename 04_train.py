@@ -42,10 +42,10 @@ chapter3 = import_module("03_model")
 CourseError = chapter1.CourseError
 
 # Legend
-#   R  sequences of a whole step       T  tokens of a sequence        V  vocabulary
+#   B  sequences of a micro-batch, R of a step     T  tokens of a sequence     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
 #   held-out      text that is never trained on: val to choose by, test for the very end
-# Machine, files and flags are tools: they stand at the file's end.
+# Machine (device, precision, GPUs) and Run (log, checkpoint, Ctrl-C) are tools, at the file's end.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt
 
 
@@ -81,8 +81,8 @@ def train_naive(model, batch, config):
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
 class Objective(nn.Sequential):
-    """The model, as a list of one, with its loss: a sum for each of COLUMNS, all to be lowered."""
-    COLUMNS = ["loss"]  # of the log, a name for each sum: add yours to both
+    """The model, held as self[0], and its loss: a sum for each of COLUMNS, all to be lowered."""
+    COLUMNS = ["loss"]  # names of the sums, in the log; a term of yours: one here, one in `sums`
 
     def forward(self, x, y, documents=None):
         return self.sums(self[0](x, documents), y)                 # (B, T) -> (B, T, V) -> sums
@@ -98,7 +98,7 @@ class Objective(nn.Sequential):
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
 #   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
-#           w -= lr m / sqrt(v): all weights move at about lr, whatever the size of their gradients.
+#           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
 #   Muon    sees that a matrix maps directions to directions; its singular values say how strongly.
 #           In a gradient, a few directions drown all others. Muon averages the last gradients (that
@@ -114,10 +114,11 @@ def orthogonalise(matrices):
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
     x = (matrices / length.clamp(min=1e-7)).bfloat16()
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        square = x @ x.mT                                          # (N, rows, rows)
-        change = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, change, x, beta=3.4445)               # (N, rows, columns)
+        square = x @ x.mT                                          # S = X X^T, (N, rows, rows)
+        change = torch.baddbmm(square, square, square, beta=b, alpha=c)        # b S + c S S
+        x = torch.baddbmm(x, change, x, beta=a)                    # a X + change X
     return x
 
 
@@ -135,13 +136,13 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
-            state = self.state[group["params"][0]]
+            state = self.state[group["params"][0]]                 # kept under the first of them
             if not state:
                 state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 0.05)       # 0.95 of it stays
-            update = orthogonalise(gradient.lerp(average, 0.95))
+            average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
+            update = orthogonalise(gradient.lerp(average, 0.95))   # the same again (Nesterov)
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
-            # one of about 0.2 lr: made equal to that, both can share their usual rates.
+            # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
@@ -154,14 +155,14 @@ def make_optimizers(model, config):
     """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. Those two are not pulled towards zero either: a norm's usual weight is 1.
+    biases. Norms and biases are not pulled towards zero, all else is: a norm's usual weight is 1.
     """
     kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:
+        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
             matrices.append(p)
         else:
             tables.append(p)
@@ -169,8 +170,7 @@ def make_optimizers(model, config):
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}
     if matrices:
-        rates = {"lr": config.matrix_lr, "weight_decay": config.weight_decay}
-        optimizers[config.optimizer] = kind(matrices, **rates)
+        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
     return optimizers
 
 
@@ -188,15 +188,15 @@ KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 
 @dataclass
 class TrainingConfig:
-    """How to train. Of all settings the learning rates matter most, and come first: try a third of
-    them, and three times as much. Larger models want lower ones."""
+    """How to train. Of all settings the learning rates matter most, so tune them first: try a third
+    of them, and three times as much. Larger models want lower ones."""
     steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
     optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
     lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
     matrix_lr: float = 0.01  # Muon's learning rate for matrices
-    weight_decay: float = 0.1  # pull of matrices towards zero, per step and unit of learning rate
+    weight_decay: float = 0.1  # pull towards zero, per step and unit of learning rate
     warmup: int = 20  # steps over which the learning rate rises from zero
     clip: float = 1.0  # longest gradient taken as it is; a longer one is shortened (0: none)
     seed: int = 1  # of the weights, of the order of the data and of dropout
@@ -227,13 +227,13 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
     """
     optimizers = make_optimizers(model.train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    first = next(machine.split(batch(0), config.micro_batch))
+    first = next(machine.split(batch(0), config.micro_batch))      # a micro-batch to compile with
     parts = {"model": model, "scaler": scaler, **optimizers}
-    with Run(folder, parts, config, len(first[0])) as run:
+    with Run(folder, parts, config, at_once=len(first[0])) as run:
         if saved:
             run.restore(saved)
         objective = compile_objective(Objective(model), first, machine)
-        for step in range(len(run.log), config.steps):
+        for step in range(len(run.log), config.steps):             # the log has a row for each step
             start = time.time()
 
             # 1. Learning rates and dropout's random numbers follow from the step: nothing to save.
@@ -247,11 +247,11 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             #    sum over targets, divided by the targets of the step: a mean of means would give a
             #    micro-batch with few targets the weight of a full one.
             whole = batch(step)                                    # x, y, documents: (R, T) each
-            targets = max(1, int((whole[1] != IGNORED).sum()))
+            count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
             for micro_batch in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = objective(*micro_batch) / targets
+                    terms = objective(*micro_batch) / count
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
@@ -260,13 +260,13 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             for tensor in [losses, *gradients]:
                 machine.total(tensor)
 
-            # 4. Divide by the scaler's factor, and only then look at the length of the gradient, of
-            #    all weights as one vector: 65,536 times as long, any would be cut down to `clip`.
-            #    A batch that is odd makes it long, and one such step can undo hundreds.
+            # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the
+            #    gradient, of all weights as one vector, where it is longer than `clip`. An odd batch
+            #    makes it long, and one such step can undo hundreds.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *losses, norm = torch.cat((losses, norm[None])).tolist()
+            *losses, norm = torch.cat((losses, norm[None])).tolist()           # in one exchange
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -276,7 +276,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
             # 6. Log; now and then evaluate and save.
             run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:                            # else it can still be lowered
+            if scaler.get_scale() <= 1:                            # a larger factor heals itself
                 run.refuse_nan(norm)
             if (step + 1) % config.eval_every == 0 and machine.rank == 0:
                 run.take_stock(judge, keep)
@@ -300,8 +300,9 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
     starts = np.arange(0, len(tokens) - T, T)                      # of all sequences
     if not len(starts):
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context")
-    starts = starts[::math.ceil(T * len(starts) / (limit or len(tokens)))]
-    ids = torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))
+    every = math.ceil(T * len(starts) / (limit or len(tokens)))    # so that about `limit` are left
+    positions = starts[::every, None] + np.arange(T + 1)           # (N, 1) + (T + 1) -> (N, T + 1)
+    ids = torch.from_numpy(tokens[positions].astype(np.int64))
     at_once = max(1, 2**24 // (T * model.config.vocab_size))       # so that the logits fit memory
     nats = 0.0
     for part in ids.to(machine.device).split(at_once):             # (at_once, T + 1)
@@ -389,7 +390,7 @@ def main(config):
     else:
         V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
         model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
-    vars(config).update(vars(model.config))
+    vars(config).update(vars(model.config))                        # the shape as it came out
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
     if saved:
