@@ -38,22 +38,23 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
 #   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
-# CourseError, run, command, read_json and write_json are tools: they stand at the file's end.
+# CourseError, run, command, *_json, read_source and read_tokens, _first, _patterns are tools: they
+# stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
 # "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
 # faster: few of the millions of chunks differ, and training looks at equal ones once.
-# \p{L} is a letter, \p{N} a digit, \s white space; ?+ and ++ are ? and + that never give back.
+# \p{L} is a letter, \p{N} a digit, \s white space.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
-    r"[^\r\n\p{L}\p{N}]?+\p{L}+",   # a word, with one space or sign before it: " the", "_name"
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",    # a word, with one space or sign before it: " the", "_name"
     r"\p{N}{1,3}",                  # up to three digits: 2026 is "202", "6"
-    r" ?[^\s\p{L}\p{N}]++[\r\n]*",  # signs: " +=", or "):" with the line end after it
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",   # signs: " +=", or "):" with the line end after it
     r"\s*[\r\n]",                   # line ends, with the spaces before them
     r"\s+(?!\S)|\s+",               # spaces; before a word, the last one is left to it
 ])
 # Special tokens are marks between texts and never text: whoever types "<|im_start|>" gets 12
-# ordinary characters. So nobody can end a document, or speak for somebody else in a chat.
+# ordinary characters. So no user can end a document, or speak for somebody else in a chat.
 END_OF_TEXT = "<|endoftext|>"
 CHAT_START = "<|im_start|>"
 CHAT_END = "<|im_end|>"
@@ -124,7 +125,7 @@ def pop_commonest(queue, counts):
 
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
-    # 1. All chunks in a sequence. times[i]: how often the chunk at position i occurs in the text.
+    # 1. All chunks in one list. times[i]: how often the chunk at position i occurs in the text.
     ids, times = [GAP], [0]
     for chunk, n in chunks.items():
         piece = [*chunk.encode(), GAP]
@@ -142,7 +143,7 @@ def learn_merges(chunks, how_many):
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
     queue, merges = [], []
     for new in range(256, 256 + how_many):
-        # 3. Choose the commonest pair.
+        # 3. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
             if counts[pair] > 0 and GAP not in pair:
@@ -150,7 +151,7 @@ def learn_merges(chunks, how_many):
         best = pop_commonest(queue, counts)
         if best is None:
             break
-        del counts[best]
+        del counts[best]                         # none of it will be left
         merges.append(best)
         left, right = best
         size[new] = size[left] + size[right]
@@ -161,8 +162,8 @@ def learn_merges(chunks, how_many):
             middle = i + size[left]              # where the right one begins
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
-                continue                         # in "aaa", the first two were merged just before
-            ids[middle - 1] = ids[middle] = GAP  # where the two met; the new one's ends come next
+                continue                         # gone by now: in "aaa", the first two are merged
+            ids[middle - 1] = ids[middle] = GAP  # where the two met: no token begins here any more
             ids[i] = ids[end - 1] = new
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
@@ -183,7 +184,8 @@ class Tokenizer:
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
         self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
-        self.end = next(filter(regex.compile("end|eos|</s>").search, self.special_tokens), None)
+        ends = [text for text in self.special_tokens if regex.search("end|eos|</s>", text)]
+        self.end = ends[0] if ends else None
         self.first = read_first(data, self.special_tokens)
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         for text, i in self.special_tokens.items():
@@ -205,8 +207,8 @@ class Tokenizer:
             return [self.tokens[whole]]
         ids = [self.tokens[bytes([byte])] for byte in whole]
         while known := self._merges.keys() & zip(ids, ids[1:]):    # the pairs that have a merge
-            first = min(known, key=self._merges.get)
-            ids = merge(ids, first, self._merges[first][1])
+            pair = min(known, key=self._merges.get)                # the one learnt first
+            ids = merge(ids, pair, self._merges[pair][1])
         return ids
 
     def encode(self, text):
@@ -258,58 +260,7 @@ def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOK
     return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
 
 
-# ---- Where text comes from, and which part of it is held out -------------------------------------
-KINDS = (".txt", ".md", ".py", ".jsonl")
-NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3"}
-
-
-def find_files(name, downloads):
-    """Return the files of "python" (its library less tests), a file, folder, glob or download."""
-    if name == "python":
-        library = Path(os.__file__).parent
-        return sorted(file for file in library.rglob("*.py")
-                      if NOT_READ.isdisjoint(file.relative_to(library).parts))
-    found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-    files = []
-    for path in map(Path, found or [f"{downloads}/{name}.txt"]):
-        files += path.rglob("*") if path.is_dir() else [path]
-    return sorted(file for file in files if file.suffix in KINDS and file.is_file())
-
-
-def read_file(path):
-    """Yield a file's documents: each line's "text" of a .jsonl, else what END_OF_TEXT parts."""
-    try:
-        with open(path, encoding="utf-8", newline="\n") as lines:
-            if path.suffix == ".jsonl":
-                for line in filter(str.strip, lines):
-                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()
-                return
-            for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
-                if not is_end:
-                    yield "".join(part)
-    except Exception as error:                     # a file may hold anything
-        print(f"skipped {path}: from here on, {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def read_source(source, downloads="out/downloads"):
-    """Yield the documents of all that --source names. Raises CourseError where there are none."""
-    for name in source:
-        found = 0
-        for text in chain.from_iterable(map(read_file, find_files(name, downloads))):
-            if text.strip() and "\0" not in text:    # a zero byte: a program or a picture
-                found += 1
-                yield text
-        if not found:
-            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
-                              "*.jsonl there; is it a download? then run 02_data.py first")
-
-
-def from_anywhere(source):
-    """Return a source with whole paths, so that chapter 2 finds it from another folder too."""
-    return [os.path.abspath(name) if name != "python" and find_files(name, os.devnull) else name
-            for name in source]
-
-
+# ---- Which texts are held out --------------------------------------------------------------------
 def split_of(text):
     """85% "train", 5% "val" to choose settings by, 10% "test" for the end. A hash, a number that
     looks random but follows from the text, decides: so no text ever moves from test to train."""
@@ -364,11 +315,11 @@ class Config:
 
 
 def main(config):
-    """Learn from the train split, show what was learnt, save."""
+    """Learn from the train split alone (held-out text must be new to the tokenizer too), save."""
     folder = Path(config.out) / "tokenizer"
     documents = split_documents(read_source(config.source, f"{config.out}/downloads"))
     texts = (text for split, text in documents if split == "train")      # read one by one
-    first = list(islice(texts, 10))
+    first = list(islice(texts, 10))                        # kept, to show them in tokens
     tokenizer = train_bpe(chain(first, texts), config.vocab_size)
     if not tokenizer.merges:
         raise CourseError(f"nothing to merge: --source {shlex.join(config.source)} is too short, "
@@ -462,6 +413,59 @@ def read_json(path, made_by):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CourseError(f"cannot read {path} ({error}): {made_by} makes it") from None
+
+
+# ---- Tools: where texts come from ----------------------------------------------------------------
+KINDS = (".txt", ".md", ".py", ".jsonl")
+NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "lib2to3"}
+
+
+def find_files(name, downloads):
+    """Return the files of "python" (its library less tests), a file, folder, glob or download."""
+    if name == "python":
+        library = Path(os.__file__).parent
+        return sorted(file for file in library.rglob("*.py")
+                      if NOT_READ.isdisjoint(file.relative_to(library).parts))
+    found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+    files = []
+    for path in map(Path, found or [f"{downloads}/{name}.txt"]):
+        files += path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in files if file.suffix in KINDS and file.is_file())
+
+
+def read_file(path):
+    """Yield a file's documents: each "text" of a .jsonl, else what lines of END_OF_TEXT part."""
+    try:
+        with open(path, encoding="utf-8", newline="\n") as lines:
+            if path.suffix == ".jsonl":
+                for line in filter(str.strip, lines):
+                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()
+                return
+            for is_end, part in groupby(lines, lambda line: line.strip() == END_OF_TEXT):
+                if not is_end:
+                    yield "".join(part)
+    except Exception as error:                     # a file may hold anything
+        print(f"skipped {path}: from here on, {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def read_source(source, downloads="out/downloads"):
+    """Yield the documents of all that --source names. Raises CourseError where there are none."""
+    for name in source:
+        found = 0
+        for text in chain.from_iterable(map(read_file, find_files(name, downloads))):
+            if text.strip() and "\0" not in text:    # a zero byte: a program or a picture
+                found += 1
+                yield text
+        if not found:
+            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
+                              "*.jsonl there; is it a download? then run 02_data.py first")
+
+
+def from_anywhere(source):
+    """Return a source with whole paths, so that chapter 2 finds it from another folder too."""
+    # Without a folder of downloads, only what is really there is found.
+    return [os.path.abspath(name) if name != "python" and find_files(name, os.devnull) else name
+            for name in source]
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------

@@ -1,6 +1,6 @@
 """Chapter 2 · Tokens to batches: clean the text, encode it once, and serve it in sequences.
 
-Training reads the same text several times, in pieces of equal length. So the text is cleaned and
+Training reads the same text several times, in sequences of equal length. So the text is cleaned and
 turned into tokens once, all documents one after the other with a separator between them, and
 written to a flat file of integers. A batch is then B sequences of T tokens out of that file. What
 the model should answer at each position is simply the next token, so the targets are the inputs
@@ -41,7 +41,7 @@ CourseError = chapter1.CourseError
 Tokenizer = chapter1.Tokenizer
 
 # Legend
-#   B   batch: how many sequences are read at once
+#   B   batch: how many sequences one step reads (R in chapter 4)
 #   T   time: the tokens of one sequence, also called the context
 #   V   vocabulary: how many ids there are
 #   split      "train" to learn from, "val" to choose settings by, "test" for the end, read once
@@ -101,14 +101,14 @@ def encode_document(tokenizer_folder, document):
 def encode_all(documents, tokenizer_folder, workers):
     """Yield what encode_document returns, in order, by several processes."""
     documents = iter(documents)
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)            # the main process alone answers it
-    with ProcessPoolExecutor(workers, None, signal.signal, ignore_ctrl_c) as pool:
+    quiet = (signal.SIGINT, signal.SIG_IGN)                    # the main process answers Ctrl-C
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=quiet) as pool:
         while wave := list(islice(documents, 1000)):           # so that few texts wait in memory
             yield from pool.map(partial(encode_document, tokenizer_folder), wave, chunksize=8)
 
 
 def write_tokens(documents, tokenizer_folder, folder, workers):
-    """Write {split}.bin, flat files of token ids, and meta.json, which says what they are. That is
+    """Write {split}.bin, flat files of token ids, and meta.json, which describes them. The last is
     removed first and written last: where it stands, the files are whole. Returns
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
     tokenizer = Tokenizer.load(tokenizer_folder)
@@ -147,8 +147,8 @@ def open_tokens(folder, split):
 
 @lru_cache(maxsize=4)
 def sequence_order(count, seed, epoch):
-    """Return the order in which an epoch reads its sequences: a permutation of range(count). Mixed,
-    as neighbours are alike: a batch of one file's pieces would pull the model towards that file."""
+    """Return the order in which an epoch reads its sequences: a permutation of range(count).
+    Shuffled, as neighbours are alike: a batch out of one file would pull the model towards it."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -157,8 +157,9 @@ def get_batch(tokens, step, B, T, seed=0):
 
     A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
     be saved when training stops or restored when it goes on, and any step can be looked at again.
-    The split is cut into sequences of T tokens, and an epoch reads each of them once: sequence n of
-    a run is number n % count of epoch n // count. Raises CourseError if there is not even one.
+    The split is cut into `count` sequences of T tokens, and an epoch reads each once. A step reads
+    B of them: with B = 4, step 2 reads the run's sequences 8 to 11. If count is 5, sequence 8 is
+    number i = 3 of epoch 1, both from 0. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
@@ -171,13 +172,14 @@ def get_batch(tokens, step, B, T, seed=0):
     for n in range(step * B, (step + 1) * B):
         epoch, i = divmod(n, count)
         start = T * sequence_order(count, seed, epoch)[i]
-        sequences.append(tokens[start:start + T + 1])
+        sequences.append(tokens[start:start + T + 1])          # one more, for the last target
     ids = np.stack(sequences).astype(np.int64)                 # (B, T + 1)
     return ids[:, :-1], ids[:, 1:]                             # (B, T) each
 
 
 def token_sizes(tokenizer, V):
-    """Return how many bytes of text each id below V stands for, (V,); 0 for special tokens."""
+    """Return the number of bytes of each id below V, (V,); of special tokens 0. Chapter 4 measures
+    a text's bits per byte by it."""
     sizes = np.zeros(V, np.int64)
     for token, i in tokenizer.tokens.items():
         sizes[i] = len(token)
@@ -209,7 +211,7 @@ def draw_statistics(tokens, tokenizer, path):
     rank = np.arange(1, len(counts) + 1)
     figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(lengths, bins=2 ** np.arange(24))                # each bar twice as long as the last
+    left.hist(lengths, bins=2 ** np.arange(24))                # each bin twice as wide as the last
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents")
     right.loglog(rank, counts, label="here")
     right.loglog(rank, counts[0] / rank, "--", label="Zipf's law")
@@ -230,7 +232,7 @@ class Config:
 def choose_source(config):
     """Return what --source says, else what chapter 1 learnt from; put --tokenizer in place."""
     folder = Path(config.out) / "tokenizer"
-    kept = folder / "source.json"                              # a tokenizer is there with it
+    kept = folder / "source.json"                          # written last, so a tokenizer is there
     source = config.source or ["python"]
     if kept.exists() and not config.source:
         source = chapter1.read_json(kept, "01_tokenizer.py")
@@ -254,6 +256,7 @@ def main(config):
         download(name, out / "downloads", DOWNLOADS)
     source = choose_source(config)
     changed, dropped = Counter(), Counter()
+    # Split before cleaning, as chapter 1 did: so both hold out the same texts.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
     cleaned = clean(documents, changed, dropped)
     totals = write_tokens(cleaned, out / "tokenizer", folder, max(1, config.workers))
@@ -266,7 +269,7 @@ def main(config):
     tokenizer = Tokenizer.load(out / "tokenizer")
     show_batch(tokens, tokenizer)
     draw_statistics(tokens, tokenizer, folder / "statistics.png")
-    print(f"saved {folder}; next: {chapter1.command('03_model.py', config)} (what is trained)")
+    print(f"saved {folder}; next: {chapter1.command('03_model.py', config)}")
 
 
 # ---- Tools: texts to download --------------------------------------------------------------------

@@ -261,8 +261,8 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                 machine.total(tensor)
 
             # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the
-            #    gradient, of all weights as one vector, where it is longer than `clip`. An odd batch
-            #    makes it long, and one such step can undo hundreds.
+            #    gradient, of all weights as one vector, where it is longer than `clip`. An odd
+            #    batch makes it long, and one such step can undo hundreds.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
