@@ -145,6 +145,14 @@ def open_tokens(folder, split):
         raise CourseError(f"{path} is not what meta.json says ({error}): run 02_data.py") from None
 
 
+def matching_tokens(folder, split, tokenizer):
+    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
+    if not (Path(folder) / "meta.json").exists():
+        return np.zeros(0, np.uint16)
+    tokens, meta = open_tokens(folder, split)
+    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
+
+
 @lru_cache(maxsize=4)
 def sequence_order(count, seed, epoch):
     """Return the order in which an epoch reads its sequences: a permutation of range(count).

@@ -290,11 +290,25 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
-def evaluate(model, machine, tokens, bytes_of, limit=0):
-    """Return (nats per token, bits per byte) of `limit` tokens, spread over a split (0: all of it).
+def surprise(model, machine, sequences, sizes):
+    """Return (nats per target, bits per byte) on sequences (N, 2 or 3, T): x, y, documents.
 
-    bytes_of (V,): how many bytes of text each token stands for. Bits per byte can be compared
-    between tokenizers. Raises CourseError if the split is shorter than one sequence.
+    sizes (V,): the bytes of text that each token stands for. Bits per byte can be compared between
+    tokenizers.
+    """
+    targets = sequences[:, 1][sequences[:, 1] != IGNORED]
+    at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
+    nats = 0.0
+    for part in sequences.to(machine.device).split(at_once):       # (at_once, 2 or 3, T)
+        with machine.autocast():
+            nats += Objective(model)(*part.unbind(1))[0].item()
+    return nats / len(targets), nats / math.log(2) / sizes[targets].sum().item()
+
+
+def evaluate(model, machine, tokens, sizes, limit=0):
+    """Return the surprise at `limit` tokens, spread over a split (0: at all of it).
+
+    Raises CourseError if the split is shorter than one sequence.
     """
     T = model.config.context
     starts = np.arange(0, len(tokens) - T, T)                      # of all sequences
@@ -303,13 +317,8 @@ def evaluate(model, machine, tokens, bytes_of, limit=0):
     every = math.ceil(T * len(starts) / (limit or len(tokens)))    # so that about `limit` are left
     positions = starts[::every, None] + np.arange(T + 1)           # (N, 1) + (T + 1) -> (N, T + 1)
     ids = torch.from_numpy(tokens[positions].astype(np.int64))
-    at_once = max(1, 2**24 // (T * model.config.vocab_size))       # so that the logits fit memory
-    nats = 0.0
-    for part in ids.to(machine.device).split(at_once):             # (at_once, T + 1)
-        with machine.autocast():
-            nats += Objective(model)(part[:, :-1], part[:, 1:])[0].item()
-    targets = ids[:, 1:]
-    return nats / targets.numel(), nats / math.log(2) / bytes_of[targets].sum().item()
+    x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
+    return surprise(model, machine, x_and_y, sizes)
 
 
 def draw_curves(logs, path):
@@ -395,13 +404,13 @@ def main(config):
     saved = read_checkpoint(folder) if config.resume else None
     if saved:
         model.load_state_dict(saved["model"])
-    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
+    sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
         for split in ("val", "test"):
-            loss, bits = evaluate(model, machine, texts[split], bytes_of)
+            loss, bits = evaluate(model, machine, texts[split], sizes)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return
-    loss, _ = evaluate(model, machine, texts["val"], bytes_of, 4096)
+    loss, _ = evaluate(model, machine, texts["val"], sizes, 4096)
     print(config)
     print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
 
@@ -412,7 +421,7 @@ def main(config):
         return tuple(map(torch.from_numpy, x_and_y))
 
     def judge(model):
-        return evaluate(model, machine, texts["val"], bytes_of, config.eval_tokens)
+        return evaluate(model, machine, texts["val"], sizes, config.eval_tokens)
 
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
@@ -578,7 +587,7 @@ class Run:
         """Evaluate the model, keep it if it is the best so far, and save the run."""
         model = self.parts["model"]
         with torch.compiler.set_stance("force_eager"):             # only training is compiled
-            loss, bits, *_ = judge(model.eval())
+            loss, bits = judge(model.eval())
         model.train()
         self.refuse_nan(loss)
         self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)

@@ -47,7 +47,7 @@ class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
     prompt: str = "def"  # text to go on from; no space at its end: most tokens begin with theirs
     max_tokens: int = 200  # tokens to write at most
-    temperature: float = 0.8  # 0 takes the likeliest, for code; 0.8 is for prose; to chat, 0.2
+    temperature: float = 0.8  # 0 takes the likeliest, more is livelier; to chat, the default is 0.2
     top_k: int = 0  # draw among the k likeliest only (0: all)
     top_p: float = 1.0  # draw among the likeliest that together have this probability (1: all)
     samples: int = 1  # write so many texts after the same prompt: each draws other tokens
@@ -132,7 +132,7 @@ class KVCache:
     """
     def __init__(self, size):
         self.size = size                                       # of positions at most
-        self.keys_values = {}                                  # {layer: (2, B, K, size, D)}
+        self.keys_values = {}                                  # {its Attention: (2, B, K, size, D)}
         self.length = 0                                        # set by the model when it has read
 
     def append(self, layer, k, v):
@@ -292,15 +292,16 @@ def write(model, tokenizer, ids, config, ends):
         if token in ends:
             break
         written.append(token)
-        shown = characters.decode(tokenizer.decode_bytes([token]))
         if config.explain:
             shown = explain(logits[0], token, tokenizer)
+        else:
+            shown = characters.decode(tokenizer.decode_bytes([token]))
         print(shown, end="", flush=True)
     print()
     return written
 
 
-# What encode_chat writes, in the language in which transformers is told it.
+# What encode_chat writes, as a Jinja template, for transformers.
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
@@ -313,7 +314,7 @@ def encode_chat(tokenizer, messages):
         <|im_start|>user
         Say hello.<|im_end|>
         <|im_start|>assistant
-        Hello!<|im_end|>                                       of this line all but the line end
+        Hello!<|im_end|>                                       learnt: this line, but not its end
     """
     start = tokenizer.special_tokens[chapter1.CHAT_START]
     end = tokenizer.special_tokens[chapter1.CHAT_END]
@@ -321,7 +322,7 @@ def encode_chat(tokenizer, messages):
     ids, learnt = [], []
     for message in messages:
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
-        said = [*tokenizer.encode(message["content"].strip()), end]    # no text becomes a special
+        said = [*tokenizer.encode(message["content"].strip()), end]    # marks typed in it stay text
         ids += opening + said + newline
         learnt += [False] * len(opening)
         learnt += [message["role"] == "assistant"] * len(said)
@@ -372,12 +373,11 @@ def defaults_for(given):
 
 
 def show_copied(written, tokenizer, folder):
-    """Print how much of a text the model knows by heart: a question of privacy, and of licences."""
-    if (folder / "meta.json").exists():
-        tokens, meta = chapter2.open_tokens(folder, "train")
-        if meta["fingerprint"] == tokenizer.fingerprint():
-            longest = memorisation(written, tokens[:10_000_000])
-            print(f"[copied from the training data: {longest} tokens at a stretch]")
+    """Say how much the model knows by heart: a question of privacy, and of licences."""
+    tokens = chapter2.matching_tokens(folder, "train", tokenizer)
+    if len(tokens):
+        longest = memorisation(written, tokens[:10_000_000])
+        print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
 def main(config):

@@ -30,13 +30,13 @@ import string
 import subprocess
 import sys
 import zlib
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,16 +51,17 @@ CHAT_END = chapter1.CHAT_END
 IGNORED = chapter4.IGNORED
 
 # Legend
-#   message    {"role": "user" or "assistant", "content": text}; a conversation is a list of them
+#   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
 #   entry      a line of the grammar below, or two in one
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
+# Running answers, and conversations of your own, are tools: they stand at the file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
 def columns_of(ids, learnt, number=0):
-    """Return (id, target, number of the conversation) for each position of a conversation.
+    """Return a column (id, target, number of the conversation) for each position but the last.
 
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
@@ -87,13 +88,15 @@ def pack(examples, T, filler, seed):
     Their numbers keep them apart: in chapter 3, no position sees another document.
     """
     sequences = []
-    for ids, learnt in random.Random(seed).sample(examples, len(examples)):
-        with_room = [s for s in sequences[-8:] if len(s) + len(ids) - 1 <= T]
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    for number, (ids, learnt) in enumerate(shuffled):
+        columns = columns_of(ids, learnt, number)
+        # Only the last eight are looked at: with all, it would take long and hardly fill more.
+        with_room = [sequence for sequence in sequences[-8:] if len(sequence) + len(columns) <= T]
         if with_room:
-            columns = with_room[0]
-            columns += columns_of(ids, learnt, columns[-1][2] + 1)
+            with_room[0].extend(columns)
         else:
-            sequences.append(columns_of(ids, learnt))
+            sequences.append(columns)
     return fill_up(sequences, T, filler)
 
 
@@ -119,8 +122,8 @@ def show_mask(tokenizer, ids, learnt):
 # ---- LoRA: thin adapters instead of all weights --------------------------------------------------
 # The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
 # low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
-# and r (in + out) weights instead of in x out. An adapter is a small file, and a large model needs
-# memory for fewer gradients and averages; at this size it saves neither time nor memory.
+# and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
+# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
 def lora_formula(x, weight, a, b):
     """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
     changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
@@ -173,32 +176,33 @@ def merge_lora(model):
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
-# all. {a|b} is a or b, and a "/" parts the lines of a loop. Capitals are slots: N, M a number; L a
-# list of numbers; T, S a text; K a constant or, now and then, one more number; C a letter; P a
-# property; Q a question. So that there is only one reading, another entry may take the place of the
-# last slot alone, as in "the square of the sum of x and y"; of those with a star none may, as "the
-# square of x plus 7" is two things.
+# all. {a|b} is a or b, and a "/" parts the lines of a loop. Capitals are slots:
+#   a parameter      N, M a number, L a list of numbers, T a text
+#   a constant       C a letter, K a number (now and then a parameter: a limit, say)
+#   another line     P a property, Q a question
+#   either of them   X a number, Y a list, Z a text; at the end, so that there is one reading: "the
+#                    square of the sum of x and y"; not a line with a star: "the square of x plus 7"
 GRAMMAR = """
-number    | N + M                     | the {sum|total} of N and M
-number    | N - M                     | the difference {of|between} N and M
-number    | N * M                     | the product of N and M
-number    | max(N, M)                 | the {larger|greater|bigger|maximum} of N and M
-number    | min(N, M)                 | the {smaller|lesser|minimum} of N and M
-number    | abs(N - M)                | the {distance|absolute difference} {between|of} N and M
+number    | N + X                     | the {sum|total} of N and X
+number    | N - X                     | the difference {of|between} N and X
+number    | N * X                     | the product of N and X
+number    | max(N, X)                 | the {larger|greater|bigger|maximum} of N and X
+number    | min(N, X)                 | the {smaller|lesser|minimum} of N and X
+number    | abs(N - X)                | the {distance|absolute difference} {between|of} N and X
 number    | N % K                     | the remainder {of N divided by K|when N is divided by K}
 number*   | N + K                     | {N plus K|N increased by K}
 number*   | N - K                     | {N minus K|N decreased by K}
 number*   | N * K                     | {N times K|N multiplied by K}
-number    | N ** 2                    | the square of N
-number    | abs(N)                    | the absolute value of N
-number    | sum(L)                    | the {sum|total} of {the|all} {items|elements} {of|in} L
-number    | max(L)                    | the {largest|biggest|greatest} {item|element} {of|in} L
-number    | min(L)                    | the {smallest|lowest} {item|element} {of|in} L
-number    | len(L)                    | the number of {items|elements} {of|in} L
-number    | L[0]                      | the first {item|element} {of|in} L
-number    | L[-1]                     | the last {item|element} {of|in} L
-number    | len(T)                    | {the length of|the number of characters in} T
-number*   | T.count(C)                | {how often C occurs in|how many times C is in} T
+number    | X ** 2                    | the square of X
+number    | abs(X)                    | the absolute value of X
+number    | sum(Y)                    | the {sum|total} of {the|all} {items|elements} {of|in} Y
+number    | max(Y)                    | the {largest|biggest|greatest} {item|element} {of|in} Y
+number    | min(Y)                    | the {smallest|lowest} {item|element} {of|in} Y
+number    | len(Y)                    | the number of {items|elements} {of|in} Y
+number    | Y[0]                      | the first {item|element} {of|in} Y
+number    | Y[-1]                     | the last {item|element} {of|in} Y
+number    | len(Z)                    | {the length of|the number of characters in} Z
+number*   | Z.count(C)                | {how often C occurs in|how many times C is in} Z
 property  | item % 2 == 0             | even
 property  | item % 2 == 1             | odd
 property  | item > 0                  | positive
@@ -209,32 +213,32 @@ property  | item < K                  | {less|smaller} than K
 property  | item >= K                 | at least K
 property  | item <= K                 | at most K
 question  | P                         | whether N is P
-question  | N > M                     | whether N is {greater|larger|more} than M
-question  | N == M                    | whether N {equals|is equal to} M
-question  | N in L                    | whether N is {in|one of} L
-question  | T == T[::-1]              | whether T {is a palindrome|reads the same backwards}
+question  | N > X                     | whether N is {greater|larger|more} than X
+question  | N == X                    | whether N {equals|is equal to} X
+question  | N in Y                    | whether N is {in|one of} Y
+question  | Z == Z[::-1]              | whether Z {is a palindrome|reads the same backwards}
 question  | T.startswith(C)           | whether T {starts|begins} with C
 question  | C in T                    | whether T {contains|has} C
 condition | N if Q else M             | N if Q, {otherwise|else} M
-list      | sorted(L)                 | the sorted {items|elements} of L
-list      | L[::-1]                   | the reversed {items|elements} of L
-list      | L[:K]                     | the first K {items|elements} {of|in} L
-list      | L[-K:]                    | the last K {items|elements} {of|in} L
+list      | sorted(Y)                 | the sorted {items|elements} of Y
+list      | Y[::-1]                   | the reversed {items|elements} of Y
+list      | Y[:K]                     | the first K {items|elements} {of|in} Y
+list      | Y[-K:]                    | the last K {items|elements} {of|in} Y
 list*     | [item for item in L if P] | {the|all} {items|elements} {of|in} L that are P
 list*     | [item * K for item in L]  | {each|every} {item|element} {of|in} L times K
 list*     | [item + K for item in L]  | {each|every} {item|element} {of|in} L plus K
-list      | [item ** 2 for item in L] | the squares of {the|all} {items|elements} {of|in} L
-text      | T.upper()                 | the upper case of T
-text      | T.lower()                 | the lower case of T
-text      | T[::-1]                   | the reverse of T
-text      | T[:K]                     | the first K {characters|letters} {of|in} T
-text      | T[-K:]                    | the last K {characters|letters} {of|in} T
-text*     | T * K                     | K copies of T
-text*     | T + S                     | {T followed by S|T joined with S}
-loop      | for item in L:/ total += item ** 2 | the sum of the squares of the items {of|in} L
+list      | [item ** 2 for item in Y] | the squares of {the|all} {items|elements} {of|in} Y
+text      | Z.upper()                 | the upper case of Z
+text      | Z.lower()                 | the lower case of Z
+text      | Z[::-1]                   | the reverse of Z
+text      | Z[:K]                     | the first K {characters|letters} {of|in} Z
+text      | Z[-K:]                    | the last K {characters|letters} {of|in} Z
+text*     | Z * K                     | K copies of Z
+text*     | T + Z                     | {T followed by Z|T joined with Z}
+loop      | for item in Y:/ total += item ** 2 | the sum of the squares of the items {of|in} Y
 loop      | for item in L:/ if P:/  total += 1 | how many {items|elements} {of|in} L are P
 loop      | for item in L:/ if P:/  total += item | the sum of the items {of|in} L that are P
-loop      | for item in T:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in T
+loop      | for item in Z:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in Z
 """
 PHRASINGS = """
 {Write|Define|Implement|Create|Make} {a|the} {|Python }function HEADER {that|which} returns ANSWER.
@@ -258,9 +262,9 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-SLOT = r"\b[NMLTSKCPQ]\b"
-TYPES = {"N": "number", "M": "number", "L": "list", "T": "text", "S": "text"}
-INNER = {**TYPES, "P": "property", "Q": "question"}  # kinds of entries that may stand in a slot
+SLOT = r"\b[NMLTKCPQXYZ]\b"
+KINDS = {"N": "number", "M": "number", "K": "number", "X": "number", "L": "list", "Y": "list",
+         "T": "text", "Z": "text", "P": "property", "Q": "question"}
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
 
@@ -285,7 +289,7 @@ def vary(text, chooser):
 def fill(text, values):
     """Put values for the slots of a text.
 
-    >>> fill("max(N, M)", {"N": "x", "M": "7"})
+    >>> fill("max(N, X)", {"N": "x", "X": "7"})
     'max(x, 7)'
     """
     return re.sub(SLOT, lambda found: values[found[0]], text)
@@ -295,7 +299,7 @@ def draw_constant(slot, code, chooser):
     """Return a letter for the slot C, a number for K; where it counts items or divides, a few."""
     if slot == "C":
         return repr(chooser.choice(string.ascii_lowercase))
-    if re.search(r"\[|%|T", code):
+    if re.search(r"\[|%|Z", code):
         return str(chooser.randrange(2, 11))
     return str(chooser.randrange(101))
 
@@ -303,32 +307,30 @@ def draw_constant(slot, code, chooser):
 def compose(entry, task, names, chooser):
     """Return (code, description) of an entry, its slots filled; the task notes with what.
 
-        entry     max(N, M)           the larger of N and M
+        entry     max(N, X)           the larger of N and X
         N         rows                rows                              a name, so a parameter
-        M         abs(N), N is x      the absolute value of x           the last: another entry
+        X         abs(X), X is x      the absolute value of x           another entry
         returns   max(rows, (abs(x))), "the larger of rows and the absolute value of x"
     """
     words = vary(entry.words, chooser)
-    slots = re.findall(SLOT, words)
     codes, texts = {}, {}
-    for slot in slots:
-        inner = [other for other in ENTRIES if other.kind == INNER.get(slot)]
-        is_last = slot == slots[-1] and len(task.parts) == 1
-        if slot in "PQ" or inner and is_last and chooser.random() < 0.8:
-            part = chooser.choice(inner)
+    for slot in re.findall(SLOT, words):
+        is_open = slot in "XYZ" and len(task.parts) == 1       # two in one are enough
+        if slot in "PQ" or is_open and chooser.random() < 0.8:
+            part = chooser.choice([other for other in ENTRIES if other.kind == KINDS[slot]])
             if slot != "P":
                 task.parts.append(part.code)
             code, text = compose(part, task, names, chooser)
-            if slot == "P":
-                code = code.replace("item", codes.get("N", "item"))            # x % 2 == 0
+            if slot == "P" and "N" in codes:                   # whether N is even
+                code = re.sub(r"\bitem\b", codes["N"], code)
             codes[slot] = f"({code})"
             texts[slot] = text.removeprefix("whether ")
-        elif slot in TYPES or slot == "K" and chooser.random() < 0.2:          # a limit, say
-            codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = TYPES.get(slot, "number")
-        else:
+        elif slot == "C" or slot == "K" and chooser.random() < 0.8:
             codes[slot] = texts[slot] = draw_constant(slot, entry.code, chooser)
             task.constants.append((entry.code, codes[slot]))
+        else:
+            codes[slot] = texts[slot] = names.pop()
+            task.types[codes[slot]] = KINDS[slot]
     return fill(entry.code, codes), fill(words, texts)
 
 
@@ -380,11 +382,14 @@ def draw_task(names, phrasings, noise, chooser):
 
 # ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
-    """Tell whether a name, a constant of an entry, or a pair of entries is held out.
-
-    A hash decides, so for ever: the same eighth in every run, whatever the seed.
-    """
+    """Tell whether a name, or a constant of an entry, is held out: an eighth is, by a hash."""
     return zlib.crc32(repr(what).encode()) % 8 == 0
+
+
+def is_new_pair(parts):
+    """Tell whether two entries in one are held out: an eighth of the pairs of each entry is."""
+    places = [number for number, entry in enumerate(ENTRIES) if entry.code in parts]
+    return len(parts) == 2 and (places[0] + places[-1]) % 8 == 0
 
 
 def draw_tasks(words, count, seed, phrasings=PHRASINGS, new="", noise=()):
@@ -395,8 +400,8 @@ def draw_tasks(words, count, seed, phrasings=PHRASINGS, new="", noise=()):
     while len(tasks) < count:
         task = draw_task(words, lines, noise, chooser)
         has_new_constant = any(is_held_out(*constant) for constant in task.constants)
-        has_new_pair = len(task.parts) == 2 and is_held_out(*task.parts)
-        if (has_new_constant, has_new_pair) == (new == "constants", new == "combinations"):
+        news = (has_new_constant, is_new_pair(task.parts))
+        if news == (new == "constants", new == "combinations"):
             tasks.append(task)
     return tasks
 
@@ -474,101 +479,15 @@ def read_answer(task, answer):
     return ""
 
 
-def draw_arguments(task, count=100):
-    """Return lists of arguments for a task: of few different values, so that equal ones meet, and
-    often near its constants. Else a near miss, > for >= say, would pass."""
-    chooser = random.Random(task.instruction)
-    pools = [[*range(-9, 10)], [-1, 0, 1, 2]]
-    sizes = [0, 1, 2, 3, 5, 30]
-    letters = string.ascii_lowercase + "aeiouAB    "
-    for _, value in task.constants:
-        if value.isdigit():
-            near = int(value)
-            pools += [[near - 1, near, near + 1, 2 * near]] * 2
-            sizes += [min(near, 30), min(near + 1, 30)]
-        else:
-            letters += value[1] * 5                            # of "'a'"
-    draws = []
-    for _ in range(count):
-        few = chooser.choice([1, 2, 3, 4, 20])
-        numbers = chooser.choices(chooser.choice(pools), k=few)
-        signs = chooser.choices(letters, k=few)
-        arguments = []
-        for kind in task.types.values():
-            size = chooser.choice(sizes)
-            values = {"number": chooser.choice(numbers), "list": chooser.choices(numbers, k=size),
-                      "text": "".join(chooser.choices(signs, k=size))}
-            arguments.append(values[kind])
-        draws.append(arguments)
-    return draws
-
-
-def run_in_child():
-    """Read jobs as lines of JSON, write a verdict for each. The child knows only this function."""
-    import builtins
-    import faulthandler
-    import json
-    import sys
-
-    def outcome(function, arguments):
-        """Return what comes out, as text, which tells 1 from True and 1.0, or the error."""
-        try:
-            return repr(function(*arguments))
-        except Exception as error:
-            return error
-
-    try:
-        import resource                                        # not on Windows
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))             # bytes of memory
-    except (ImportError, ValueError, OSError):
-        pass
-    for line in sys.stdin:
-        name, answer, reference, allowed, draws = json.loads(line)
-        faulthandler.dump_traceback_later(0.7, exit=True)      # ends the process, whatever it does
-        functions = []
-        for source in (reference, answer):
-            space = {"__builtins__": {word: getattr(builtins, word) for word in allowed}}
-            exec(source, space)
-            functions.append(space[name])
-        verdict, cases = "pass", 0
-        for arguments in draws:
-            expected, got = [outcome(function, arguments) for function in functions]
-            if isinstance(expected, Exception):
-                continue                                       # the first item of an empty list
-            cases += 1
-            if got != expected:
-                verdict = "error" if isinstance(got, Exception) else "wrong value"
-                break
-        if verdict == "pass" and cases < 10:
-            verdict = "error"
-        faulthandler.cancel_dump_traceback_later()
-        print(verdict, flush=True)
-
-
-def run_answers(jobs):
-    """Return the verdicts of child processes: where one ends itself, another goes on after it."""
-    program = inspect.getsource(run_in_child) + "\nrun_in_child()"
-    verdicts = []
-    while len(verdicts) < len(jobs):
-        lines = "\n".join(map(json.dumps, jobs[len(verdicts):]))
-        child = subprocess.run([sys.executable, "-I", "-S", "-c", program], input=lines,
-                               capture_output=True, text=True, encoding="utf-8")
-        verdicts += child.stdout.split("\n")[:-1]
-        if len(verdicts) < len(jobs):
-            verdicts.append("error")             # it took too much time or memory
-    return verdicts
-
-
 def judge(tasks, answers, ended):
     """Return the verdict on each answer; ended: whether it came to an end by itself."""
-    verdicts, jobs = [], []
-    for task, answer, has_ended in zip(tasks, answers, ended):
-        verdict = read_answer(task, answer) if has_ended else "no end"
-        if not verdict:
-            jobs.append([task.name, answer, task.source, BUILTINS, draw_arguments(task)])
-        verdicts.append(verdict)
-    run = iter(run_answers(jobs))
-    return [verdict or next(run) for verdict in verdicts]
+    def verdict_on(task, answer, has_ended):
+        if not has_ended:
+            return "no end"
+        return read_answer(task, answer) or run_answer(task, answer)
+
+    with ThreadPool() as pool:                                 # processes wait for each other less
+        return pool.starmap(verdict_on, zip(tasks, answers, ended))
 
 
 # ---- Counting ------------------------------------------------------------------------------------
@@ -615,7 +534,203 @@ def show_results(model, tokenizer, tasks, ends):
     show_table(results)
 
 
-# ---- Conversations of your own -------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
+@dataclass
+class Config(chapter4.TrainingConfig):
+    init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
+    steps: int = 2200  # updates of the weights
+    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
+    matrix_lr: float = 6e-3  # Muon's learning rate for matrices
+    eval_every: int = 1100  # steps between evaluations (each also saves)
+    context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
+    conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
+    examples: int = 60000  # tasks to learn from
+    lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
+    show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
+    tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
+    tasks_seed: int = 1000  # draws those; whoever tunes settings by them should then take another
+
+
+def defaults_for(given):
+    """Return the values of flags not given: of the run to resume, or rates for foreign weights."""
+    if given.get("resume"):
+        return chapter4.resumed_settings(Path(given.get("out", "out")) / "chat", given)
+    return chapter4.GENTLE if given.get("init") else {}
+
+
+def encode_fitting(conversations, tokenizer, context):
+    """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
+    examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
+    fitting = [example for example in examples if len(example[0]) <= context + 1]
+    left_out = len(examples) - len(fitting)
+    if left_out:
+        print(f"left out, as longer than the context of {context}: {left_out:,} conversations")
+    if not fitting:
+        raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
+    return fitting
+
+
+def pieces_of(text, T, count):
+    """Return pieces of chapter 4's text, all of it to be learnt: one for 20 of `count` examples."""
+    stride = max(T, 20 * len(text) // count)
+    pieces = [text[start:start + T + 1].tolist() for start in range(0, len(text) - T, stride)]
+    return [(ids, [True] * len(ids)) for ids in pieces]
+
+
+def hold_out(conversations):
+    """Return (conversations to learn from, some held out, to tell how well that goes)."""
+    if len(conversations) < 20:
+        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
+              "that of the ones it learns")
+        return conversations, conversations
+    shuffled = random.Random(0).sample(conversations, len(conversations))
+    cut = min(200, len(shuffled) // 20 + 1)
+    return shuffled[cut:], shuffled[:cut]
+
+
+def make_conversations(config, tokenizer):
+    """Return (conversations to learn from, {what is new: held-out tasks})."""
+    names, new_names, noise = split_words(tokenizer)
+    to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
+    tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
+    return [conversation_of(task) for task in to_learn], tasks
+
+
+def main(config):
+    """Tune, save, and run the answers to held-out tasks."""
+    out, folder = Path(config.out), Path(config.out) / "chat"
+    machine = chapter4.choose_machine(config)
+    torch.manual_seed(config.seed)
+
+    # 1. The model, and the ids that end an answer.
+    model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
+    model, tokenizer, added = with_chat_tokens(model, tokenizer)
+    model.to(machine.device)
+    end = tokenizer.special_tokens[CHAT_END]
+    ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
+
+    # 2. Conversations to learn from; held-out ones tell, while it learns, how well it does.
+    tasks = {}
+    if config.conversations:
+        conversations = open_conversations(config)
+    else:
+        conversations, tasks = make_conversations(config, tokenizer)
+    learnt, held_out = hold_out(conversations)
+    examples = encode_fitting(learnt, tokenizer, model.config.context)
+    if config.show_mask:
+        return show_mask(tokenizer, *examples[0])
+    longest = max(len(ids) for ids, _ in examples)
+    T = min(model.config.context, max(256, longest))           # a foreign context may be huge
+    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end, 0)         # (N, 3, T)
+    text = chapter2.matching_tokens(out / "data", "train", tokenizer)
+    examples += pieces_of(text, T, len(examples))                 # so that less of it is forgotten
+
+    # 3. Training, as in chapter 4.
+    if config.lora_rank:
+        config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
+        add_lora(model, config.lora_rank)
+        model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
+    batch = packed_batches(examples, max(1, config.batch_tokens // T), T, end, config.seed)
+    sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
+
+    def measure(model):
+        return chapter4.surprise(model, machine, held_out, sizes)
+
+    def keep(model):
+        template = chapter5.CHAT_TEMPLATE
+        chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), template)
+
+    saved = chapter4.read_checkpoint(folder) if config.resume else None
+    chapter4.train(model, batch, config, machine, folder, measure, keep, saved)
+
+    # 4. What the best model can do now, and what it has forgotten.
+    if machine.rank == 0:
+        tuned, *_ = chapter5.open_model(folder, machine.device)
+        if config.tasks > 0 and tasks:
+            show_results(tuned, tokenizer, tasks, ends)
+        text = chapter2.matching_tokens(out / "data", "val", tokenizer)
+        if len(text) > tuned.config.context:
+            _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
+            print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
+        print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
+
+
+# ---- Tools: running an answer beside its reference -----------------------------------------------
+def draw_arguments(task, count=200):
+    """Return lists of arguments for a task: of few different values, so that equal ones meet, and
+    often near its constants. Else a near miss, > for >= say, would pass."""
+    chooser = random.Random(task.instruction)
+    pools = [[*range(-9, 10)], [-1, 0, 1, 2]]
+    sizes = [0, 1, 2, 3, 5, 30]
+    letters = string.ascii_lowercase + "aeiouAB    "
+    for _, value in task.constants:
+        if value.isdigit():
+            near = int(value)
+            pools += [[near - 1, near, near + 1, 2 * near]] * 2
+            sizes += [min(near, 30), min(near + 1, 30)]
+        else:
+            letters += value[1] * 5                            # of "'a'"
+    draws = []
+    for _ in range(count):
+        few = chooser.choice([1, 2, 3, 4, 20])
+        numbers = chooser.choices(chooser.choice(pools), k=few)
+        signs = chooser.choices(letters, k=few)
+        arguments = []
+        for kind in task.types.values():
+            size = chooser.choice(sizes)
+            values = {"number": chooser.choice(numbers), "list": chooser.choices(numbers, k=size),
+                      "text": "".join(chooser.choices(signs, k=size))}
+            arguments.append(values[kind])
+        draws.append(arguments)
+    return draws
+
+
+def results(source, name, builtins, draws):
+    """Return what a function returns for each list of arguments, as text: so 1 is not True."""
+    space = {"__builtins__": builtins}
+    exec(source, space)
+    found = []
+    for arguments in draws:
+        try:
+            found.append(repr(space[name](*arguments)))
+        except Exception:
+            found.append("error")                # a text would be "'error'"
+    return found
+
+
+CHILD = inspect.getsource(results) + """
+import builtins, json, sys
+try:
+    import resource                              # not on Windows
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))         # bytes of memory
+except (ImportError, ValueError, OSError):
+    pass
+source, name, allowed, draws = json.load(sys.stdin)
+print(json.dumps(results(source, name, {word: getattr(builtins, word) for word in allowed}, draws)))
+"""
+
+
+def run_answer(task, answer):
+    """Return the verdict on an answer: it is run in a process of its own, the reference here."""
+    draws = draw_arguments(task)
+    job = json.dumps([answer, task.name, BUILTINS, draws])
+    try:
+        child = subprocess.run([sys.executable, "-I", "-S", "-c", CHILD], input=job, timeout=1,
+                               capture_output=True, text=True, encoding="utf-8")
+        found = json.loads(child.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return "error"                           # it took too much time, or memory
+    expected = results(task.source, task.name, vars(builtins), draws)
+    pairs = [pair for pair in zip(expected, found) if pair[0] != "error"]      # [] has no first
+    wrong = [got for wanted, got in pairs if got != wanted]
+    if not wrong:
+        return "pass"
+    return "error" if wrong[0] == "error" else "wrong value"
+
+
+# ---- Tools: conversations of your own, and foreign tokenizers ------------------------------------
 CONVERSATIONS = {"dolly": (
     "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
     "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
@@ -652,42 +767,11 @@ def read_conversations(path):
 
 
 def open_conversations(config):
-    """Return (conversations to learn from, held-out ones) of --conversations."""
+    """Return the conversations of --conversations, a file or a download."""
     path = config.conversations
     if path in CONVERSATIONS:
         path = chapter2.download(path, Path(config.out) / "downloads", CONVERSATIONS)
-    conversations = read_conversations(path)
-    if len(conversations) < 20:
-        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
-              "that of the ones it learns")
-        return conversations, conversations
-    random.Random(0).shuffle(conversations)
-    cut = len(conversations) // 20 + 1
-    return conversations[cut:], conversations[:cut]
-
-
-# ---- The script ----------------------------------------------------------------------------------
-@dataclass
-class Config(chapter4.TrainingConfig):
-    init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
-    steps: int = 2200  # updates of the weights
-    lr: float = 5e-3  # AdamW's learning rate: lower than in chapter 4, as there is less to change
-    matrix_lr: float = 1e-2  # Muon's learning rate for matrices
-    eval_every: int = 1100  # steps between evaluations (each also saves)
-    context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
-    conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
-    examples: int = 60000  # tasks to learn from
-    lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
-    show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
-    tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
-    tasks_seed: int = 1000  # draws those; whoever tunes settings by them should then take another
-
-
-def defaults_for(given):
-    """Return the values of flags not given: of the run to resume, or rates for foreign weights."""
-    if given.get("resume"):
-        return chapter4.resumed_settings(Path(given.get("out", "out")) / "chat", given)
-    return chapter4.GENTLE if given.get("init") else {}
+    return read_conversations(path)
 
 
 def with_chat_tokens(model, tokenizer):
@@ -706,110 +790,6 @@ def with_chat_tokens(model, tokenizer):
         target[name][:len(tensor)] = tensor
     print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
     return grown.eval(), tokenizer, missing
-
-
-def encode_fitting(conversations, tokenizer, context):
-    """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
-    examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
-    fitting = [example for example in examples if len(example[0]) <= context + 1]
-    left_out = len(examples) - len(fitting)
-    if left_out:
-        print(f"left out, as longer than the context of {context}: {left_out:,} conversations")
-    if not fitting:
-        raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
-    return fitting
-
-
-def text_of_chapter2(out, tokenizer, split):
-    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
-    folder = Path(out) / "data"
-    if not (folder / "meta.json").exists():
-        return np.zeros(0, np.uint16)
-    tokens, meta = chapter2.open_tokens(folder, split)
-    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
-
-
-@torch.no_grad()
-def judge_examples(model, machine, sequences, bytes_of):
-    """Return (nats per learnt token, bits per byte, no remark) on packed sequences (N, 3, T)."""
-    objective = chapter4.Objective(model)
-    learnt = sequences[:, 1][sequences[:, 1] != IGNORED]
-    nats = 0.0
-    for part in sequences.to(machine.device).split(8):
-        with machine.autocast():
-            nats += objective(*part.unbind(1))[0].item()
-    return nats / len(learnt), nats / math.log(2) / bytes_of[learnt].sum().item(), ""
-
-
-def make_conversations(config, tokenizer):
-    """Return (conversations to learn from, some with new names, {what is new: held-out tasks})."""
-    names, new_names, noise = split_words(tokenizer)
-    learnt = draw_tasks(names, config.examples, config.seed, noise=noise)
-    held_out = draw_tasks(new_names, 200, config.seed)
-    tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
-    return map(conversation_of, learnt), map(conversation_of, held_out), tasks
-
-
-def main(config):
-    """Tune, save, and run the answers to held-out tasks."""
-    out, folder = Path(config.out), Path(config.out) / "chat"
-    machine = chapter4.choose_machine(config)
-    torch.manual_seed(config.seed)
-
-    # 1. The model, and the ids that end an answer.
-    model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
-    model, tokenizer, added = with_chat_tokens(model, tokenizer)
-    model.to(machine.device)
-    end = tokenizer.special_tokens[CHAT_END]
-    ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
-
-    # 2. Conversations to learn from; held-out ones tell, while it learns, how well it does.
-    tasks = {}
-    if config.conversations:
-        learnt, held_out = open_conversations(config)
-    else:
-        learnt, held_out, tasks = make_conversations(config, tokenizer)
-    examples = encode_fitting(learnt, tokenizer, model.config.context)
-    if config.show_mask:
-        return show_mask(tokenizer, *examples[0])
-    longest = max(len(ids) for ids, _ in examples)
-    T = min(model.config.context, max(256, longest))           # a foreign context may be huge
-    text = text_of_chapter2(config.out, tokenizer, "train")    # so that less of it is forgotten
-    stride = max(T, 20 * len(text) // len(examples))           # a piece for 20 conversations
-    for start in range(0, len(text) - T, stride):
-        examples.append((text[start:start + T + 1].tolist(), [True] * (T + 1)))
-    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end, 0)         # (N, 3, T)
-
-    # 3. Training, as in chapter 4.
-    if config.lora_rank:
-        config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
-        add_lora(model, config.lora_rank)
-        model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
-    batch = packed_batches(examples, max(1, config.batch_tokens // T), T, end, config.seed)
-    bytes_of = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
-
-    def judge_loss(model):
-        return judge_examples(model, machine, held_out, bytes_of)
-
-    def keep(model):
-        template = chapter5.CHAT_TEMPLATE
-        chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), template)
-
-    saved = chapter4.read_checkpoint(folder) if config.resume else None
-    chapter4.train(model, batch, config, machine, folder, judge_loss, keep, saved)
-
-    # 4. What the best model can do now, and what it has forgotten.
-    if machine.rank == 0:
-        tuned, *_ = chapter5.open_model(folder, machine.device)
-        if config.tasks > 0 and tasks:
-            show_results(tuned, tokenizer, tasks, ends)
-        text = text_of_chapter2(config.out, tokenizer, "val")
-        if len(text) > tuned.config.context:
-            _, bits = chapter4.evaluate(tuned, machine, text, bytes_of, config.eval_tokens)
-            print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
-        print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
 
 if __name__ == "__main__":

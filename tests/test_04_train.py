@@ -52,7 +52,7 @@ def judge(model):
     """A held-out loss that depends on the weights; dropout is off."""
     assert not model.training
     with torch.no_grad():
-        return chapter4.Objective(model)(*batch(10**6))[0].item() / 42, 1.0, "remark"
+        return chapter4.Objective(model)(*batch(10**6))[0].item() / 42, 1.0
 
 
 def train(folder, config=SETTINGS, model=None, machine=CPU, judge=judge, keep=lambda model: None, batch=batch, saved=None):
@@ -442,7 +442,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
     before = files_in(tmp_path)
     spoil(monkeypatch, range(first_bad, 100))
     with pytest.raises(CourseError, match="the loss or its gradient is nan: lower --lr and --matrix-lr"):
-        train(tmp_path, judge=lambda model: (1.0, 1.0, ""))
+        train(tmp_path, judge=lambda model: (1.0, 1.0))
     assert (files_in(tmp_path) == before) == (first_bad == 2) and files_in(tmp_path).keys() == before.keys()
     rows = rows_of(tmp_path / "diverged" / "log.csv")
     assert len(rows) == first_bad + 1 and rows[-1]["loss"] == "nan" and (tmp_path / "diverged" / "loss.png").exists()
@@ -450,7 +450,7 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
 
 def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
     with pytest.raises(CourseError, match="its gradient is nan"):
-        train(tmp_path, judge=lambda model: (math.nan, 1.0, ""), keep=lambda model: pytest.fail("kept"))
+        train(tmp_path, judge=lambda model: (math.nan, 1.0), keep=lambda model: pytest.fail("kept"))
     assert not files_in(tmp_path)
 
 
@@ -555,7 +555,7 @@ def test_a_full_disk_leaves_the_last_save_whole_and_a_log_held_open_is_no_error(
 
 def test_patience_stops_and_the_best_is_kept(tmp_path):
     losses, kept = iter([3.0, 2.0, 2.5, 2.1, 1.0, 1.5, 1.4]), []
-    more = dict(judge=lambda model: (next(losses), 1.0, ""), keep=lambda model: kept.append(1))
+    more = dict(judge=lambda model: (next(losses), 1.0), keep=lambda model: kept.append(1))
     _, log = train(tmp_path, replace(SETTINGS, steps=40, patience=2), **more)
     assert column(log, "val_loss") == [3.0, 2.0, 2.5, 2.1] and len(kept) == 2 and len(log) == 16
     with pytest.raises(CourseError, match="this run is finished: .*--patience"):

@@ -255,7 +255,7 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
         assert bool(new) == (label == "new constants") and not new & constants_learnt, task
         for _, value in task.constants:
             assert re.search(rf"(?<!\w){value}(?!\w)", task.description), f"{value} cannot be seen in {task}"
-        is_new = len(task.parts) == 2 and tuple(task.parts) not in pairs_learnt and chapter6.is_held_out(*task.parts)
+        is_new = tuple(task.parts) not in pairs_learnt and chapter6.is_new_pair(task.parts)
         assert is_new == (label == "new combinations")
         assert {value for _, value in task.constants} | set(task.parts) <= seen_alone      # what is new is that they meet
         phrasings = [chapter6.PHRASINGS, chapter6.NEW_PHRASINGS]
@@ -307,7 +307,7 @@ def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer)
     given = examples(tokenizer, 30)
     sequences, found = chapter6.pack(given, 100, 7, "seed"), []
     for x, y, documents in sequences.tolist():
-        for number in range(max(documents) + 1):
+        for number in sorted({*documents} - {-1}):
             positions = [i for i, document in enumerate(documents) if document == number]
             assert positions == list(range(positions[0], positions[-1] + 1))
             found.append([(x[i], y[i], 0) for i in positions])
@@ -421,10 +421,10 @@ def test_chat_tokens_are_added_to_a_foreign_pair_and_learnt(rank, tied, tune, tm
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_tuning_stopped_and_resumed_equals_an_unbroken_one(rank, tune, tmp_path, monkeypatch):
-    def stop(*inputs, judge=chapter6.judge_examples):
+    def stop(*inputs, surprise=chapter4.surprise):
         if not sent:
             sent.append(os.kill(os.getpid(), signal.SIGINT))
-        return judge(*inputs)
+        return surprise(*inputs)
 
     def checkpoint():
         return torch.load(tmp_path / "chat" / "resume.pt", weights_only=True)
@@ -432,7 +432,7 @@ def test_tuning_stopped_and_resumed_equals_an_unbroken_one(rank, tune, tmp_path,
     tune(*flags)
     whole, sent = checkpoint()["model"], []
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(chapter6, "judge_examples", stop)
+        patched.setattr(chapter4, "surprise", stop)
         tune(*flags)
     assert len(checkpoint()["log"]) < 8
     tune("--resume")
@@ -456,7 +456,7 @@ def test_own_conversations_are_read_parted_and_left_out_where_too_long(tmp_path,
     assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
     rows = [{"messages": say(f"q{number}", f"answer {number}")} for number in range(41)]
     config = chapter6.Config(conversations=write_lines(tmp_path / "mine.jsonl", rows))
-    learnt, held_out = map(list, chapter6.open_conversations(config))
+    learnt, held_out = chapter6.hold_out(chapter6.open_conversations(config))
     assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(str(row["messages"]) for row in rows)
     assert "too few" not in capsys.readouterr().out
     both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])

@@ -349,7 +349,7 @@ def train_some(machine, model, folder, saved=None, batch=learnable, **changes):
     config = chapter4.TrainingConfig(**{"steps": 16, "micro_batch": 4, "eval_every": 8, "warmup": 2, **changes})
 
     def judge(model):
-        return 1.0, 1.0, ""
+        return 1.0, 1.0
 
     with redirect_stdout(io.StringIO()) as printed, mock.patch.object(chapter4, "draw_curves"):
         log = chapter4.train(model, batch, config, machine, Path(folder), judge, lambda model: None, saved)

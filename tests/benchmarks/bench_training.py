@@ -91,7 +91,7 @@ def train_ours(data, shape, machine, steps, evaluations=0, limit=65536, on_batch
         return data.batch(step, sequences, shape["context"])
 
     def judge(model):
-        return *chapter4.evaluate(model, machine, data.val, data.bytes_of, limit if evaluations else 1), ""
+        return chapter4.evaluate(model, machine, data.val, data.bytes_of, limit if evaluations else 1)
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()) as printed:
         log = chapter4.train(model, batch, config, machine, Path(folder), judge, lambda model: None)
