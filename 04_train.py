@@ -378,9 +378,9 @@ def main(config):
         draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
         print(f"drew {out}/compare.png")
         return
+    machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
         print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
-    machine = choose_machine(config)
 
     # 1. The text, and the tokenizer that it was encoded with.
     source = config.init or out / "tokenizer"
@@ -514,6 +514,9 @@ def compile_objective(objective, micro_batch, machine):
 
 
 # ---- Tools: a run, its checkpoint and its files --------------------------------------------------
+OUT_OF_MEMORY = ("to allocate", "out of memory", "ALLOC_FAILED")  # as CPU, MPS and CUDA put it
+
+
 @dataclass
 class Run:
     """A run. Its checkpoint holds parts, log and config. Without ... a resumed run would
@@ -537,7 +540,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if "to allocate" in str(error):                            # CPU, CUDA and MPS all say it
+        if any(words in str(error) for words in OUT_OF_MEMORY):
             raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
                               "same step in more parts; else lower --context") from None
         if self.is_interrupted and not error and len(self.log) < self.config.steps:
