@@ -317,7 +317,8 @@ def compose(entry, task, names, chooser):
     for slot in re.findall(SLOT, words):
         is_open = slot in "XYZ" and len(task.parts) == 1       # two in one are enough
         if slot in "PQ" or is_open and chooser.random() < 0.8:
-            part = chooser.choice([other for other in ENTRIES if other.kind == KINDS[slot]])
+            others = [other for other in ENTRIES if other.kind == KINDS[slot]]
+            part = chooser.choice([other for other in others if other.code not in task.parts])
             if slot != "P":
                 task.parts.append(part.code)
             code, text = compose(part, task, names, chooser)
@@ -538,10 +539,10 @@ def show_results(model, tokenizer, tasks, ends):
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
-    steps: int = 2200  # updates of the weights
-    lr: float = 3e-3  # AdamW's learning rate: half of that in chapter 4, as there is less to change
-    matrix_lr: float = 6e-3  # Muon's learning rate for matrices
-    eval_every: int = 1100  # steps between evaluations (each also saves)
+    steps: int = 2400  # updates of the weights
+    lr: float = 2e-3  # AdamW's learning rate: low, so that less is forgotten
+    matrix_lr: float = 1e-2  # Muon's learning rate for matrices
+    eval_every: int = 1200  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
     examples: int = 60000  # tasks to learn from
