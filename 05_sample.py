@@ -45,7 +45,7 @@ CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
 @dataclass
 class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
-    prompt: str = "def"  # text to go on from; no space at its end: most tokens begin with theirs
+    prompt: str = "class"  # text to go on from; no space at its end: most tokens begin with theirs
     max_tokens: int = 200  # tokens to write at most
     temperature: float = 0.8  # 0 takes the likeliest, more is livelier; to chat, the default is 0.2
     top_k: int = 0  # draw among the k likeliest only (0: all)

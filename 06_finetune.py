@@ -235,7 +235,7 @@ text      | Z[:K]                     | the first K {characters|letters} {of|in}
 text      | Z[-K:]                    | the last K {characters|letters} {of|in} Z
 text*     | Z * K                     | K copies of Z
 text*     | T + Z                     | {T followed by Z|T joined with Z}
-loop      | for item in Y:/ total += item ** 2 | the sum of the squares of the items {of|in} Y
+loop      | for item in L:/ total += item ** 2 | the sum of the squares of the items {of|in} L
 loop      | for item in L:/ if P:/  total += 1 | how many {items|elements} {of|in} L are P
 loop      | for item in L:/ if P:/  total += item | the sum of the items {of|in} L that are P
 loop      | for item in Z:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in Z

@@ -328,7 +328,7 @@ def test_chat_from_a_pipe(folders):
 # ---- The script ----------------------------------------------------------------------------------
 def test_completion_seeds_samples_and_explain(run):
     one = run("--max-tokens", 9, "--seed", 4)
-    assert one.startswith("def") and "[seed 4: 9 tokens, " in one and "[copied from the training data: " in one
+    assert one.startswith("class") and "[seed 4: 9 of up to 9 tokens, " in one and "[copied from the training data: " in one
     two = run("--max-tokens", 9, "--seed", 3, "--samples", 2)
     assert two.split("stretch]\n")[1].startswith(one[:one.index("[seed 4")])
     lines = run("--max-tokens", 3, "--explain", "--prompt", "zażółć").splitlines()
