@@ -416,6 +416,8 @@ def main(config):
 
     # 3. Training.
     def batch(step):
+        # A sequence may hold the end of a document and the beginning of the next: a position sees
+        # both, and learns that nothing before END_OF_TEXT matters any more.
         R = max(1, config.batch_tokens // config.context)
         x_and_y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
         return tuple(map(torch.from_numpy, x_and_y))

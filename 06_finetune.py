@@ -3,8 +3,8 @@
 The base model has only ever continued text. Now it reads conversations, written as one text with
 marks for who speaks (the ChatML template), and a little of chapter 4's text, so that less is
 forgotten. Each conversation asks for a small function, made by a grammar: so there are as many as
-we like, and a program can judge any answer by running it. In them only the answers count in the
-loss, and the mark that ends each, so that the model also learns when to stop:
+we like, and a program can judge any answer by running it. Only the answers count in the loss (what
+users ask is not for the model to guess), and the mark that ends each, to learn when to stop:
 
     <|im_start|>user Write add(a, b), the sum of a and b.<|im_end|> <|im_start|>assistant def add...
     --------------------------- read, but not learnt ------------------------------------ - learnt -
