@@ -93,7 +93,7 @@ def value_and_gradients(function, T, K, S=19):
 @pytest.mark.parametrize("T, K, packed", [(19, 4, False), (19, 2, True), (19, 1, False), (1, 2, False), (6, 2, True)])
 def test_every_kind_is_the_definition_in_values_and_gradients(kind, T, K, packed, monkeypatch):
     """With grouped heads, behind a cache (T < S), with documents; blocks of 4 do not divide 19."""
-    monkeypatch.setattr(chapter3, "attention_in_blocks", partial(chapter3.attention_in_blocks, block=4))
+    monkeypatch.setattr(chapter3, "attention_in_blocks", partial(chapter3.attention_in_blocks, size=4))
     documents = DOCUMENTS if packed else None
     visible = chapter3.who_sees(T, 19, documents)
     right = value_and_gradients(partial(attention_by_loops, documents=documents), T, K)

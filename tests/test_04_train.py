@@ -647,14 +647,14 @@ def test_the_script_resumes_to_the_bit_with_its_own_settings(main, tmp_path, mon
     assert len(saved["log"]) == 10 and saved["config"]["steps"] == 10 and saved["config"]["dropout"] == 0.2
     capsys.readouterr()
     main(*flags)
-    assert capsys.readouterr().out.startswith("this run replaces the one in")
+    assert "\nthis run replaces the one in" in capsys.readouterr().out
 
 
 def test_presets_hold_shape_and_recipe():
     names, usual = {item.name for item in fields(chapter4.Config)}, chapter4.TrainingConfig()
     for name, preset in chapter3.PRESETS.items():
-        assert preset.keys() <= names and {"steps", "batch_tokens", "micro_batch", "lr", "matrix_lr"} <= preset.keys(), name
-    assert all(getattr(usual, name) == value for name, value in chapter3.PRESETS["small"].items())
+        assert preset.keys() <= names and (not preset or {"steps", "batch_tokens", "micro_batch", "lr", "matrix_lr"} <= preset.keys()), name
+    assert chapter3.PRESETS["small"] == {} and usual.steps > 0                 # the defaults
     config = chapter1.parse_flags(chapter4.Config, "", ["--preset", "gpu", "--layers", "9"], chapter4.defaults_for)
     assert (config.layers, config.width, config.steps, config.vocab_size) == (9, 384, chapter3.PRESETS["gpu"]["steps"], 0)
 

@@ -107,7 +107,8 @@ def test_hostile_answers_are_contained_and_cost_only_themselves():
     assert got[1::2] == ["pass"] * len(ENDLESS) and set(got[::2]) <= {"error", "not allowed"}, got
     assert time.monotonic() - start < 1.5 * len(ENDLESS)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert used <= before or used * (1 if sys.platform == "darwin" else 1024) < 600 * 2**20
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # a child begins as a copy of this process
+    assert used <= max(before, own) or used * (1 if sys.platform == "darwin" else 1024) < 600 * 2**20
 
 
 # ---- The grammar
