@@ -241,17 +241,17 @@ loop      | for item in L:/ if P:/  total += item | the sum of the items {of|in}
 loop      | for item in Z:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in Z
 """
 PHRASINGS = """
-{Write|Define|Implement|Create|Make} {a|the} {|Python }function HEADER {that|which} returns ANSWER.
+{Write|Define|Create} {a|the} {|Python }function {|called |named }HEADER that returns ANSWER.
 {Please|Now} {write|define|create} {|a function |the function }HEADER {that|which} gives ANSWER.
-{Can|Could|Would} you {write|define|make} {|a function }HEADER {that|which} returns ANSWER?
-{I|We} {need|want|would like} {|a function |the function }HEADER {that|which} computes ANSWER.
-{Write|Define|Code|Give me} HEADER{, which| so that it|; it} returns ANSWER.
+{Can|Could} you {write|define|make} {|me |a function }HEADER{ that|, which} returns ANSWER?
+{I|We} {need|want|would like} {|a function |the function }HEADER{ that|: it|, it} computes ANSWER.
+{Write|Define|Code|Give me} HEADER{, which|: it| so that it|; it|. It} returns ANSWER.
 {Write|Create|Make} {a|the} function HEADER {to return|to get|for|returning} ANSWER.
 {The|A} function HEADER {should|must|has to|is to} {return|give} ANSWER.
 {Return|Give back|Compute} ANSWER {in|with|by} {a|the} function HEADER.
-{My program|Our module|The code} {needs|lacks} HEADER, which {returns|calculates} ANSWER.
+{My program|Our module} {needs|lacks} HEADER{, which|: it|. It} {returns|calculates} ANSWER.
 {Let|Make|Have} HEADER {return|give} ANSWER.
-{Task|To do|Exercise}: {|a function |write }HEADER {that returns|returning|for} ANSWER.
+{Task|To do|Exercise}: {|a function |write }HEADER{ that returns|, returning|:} ANSWER.
 {How|In what way} {do|can|would} {I|you|we} write HEADER to {give|get} ANSWER?
 """
 NEW_PHRASINGS = """
