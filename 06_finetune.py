@@ -1,7 +1,7 @@
 """Chapter 6 · Fine-tuning: from a model that continues text to one that does what it is told.
 
 The base model has only ever continued text. Now it reads conversations, written as one text with
-marks for who speaks (the ChatML template), and a little of chapter 4's text, so that less is
+marks for who speaks (the ChatML template), and some of chapter 4's text, so that less is
 forgotten. Each conversation asks for a small function, made by a grammar: so there are as many as
 we like, and a program can judge any answer by running it. Only the answers count in the loss (what
 users ask is not for the model to guess), and the mark that ends each, to learn when to stop:
@@ -13,7 +13,8 @@ Run:    python 06_finetune.py                              tunes out/base, write
         python 06_finetune.py --show-mask                  one example with what is learnt marked
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers
         python 06_finetune.py --lora-rank 8                trains thin adapters, not all weights
-Prints: how many answers, run on test inputs, return what they should (pass@1), and what went wrong
+Prints: how many answers, run on test inputs, return what they should, and what went wrong (pass@1:
+        the share of tasks whose first answer passes)
 Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2023 (ChatML),
         Chen et al. 2021 (pass@1)
 """
@@ -52,11 +53,13 @@ IGNORED = chapter4.IGNORED
 
 # Legend
 #   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
-#   entry      a line of the grammar below, or two in one
+#   learnt     for each id, whether it counts in the loss; encode_chat in chapter 5 makes both
+#   entry      a line of the grammar below; a task is made of one, or of two, one in the other
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-# Running answers, and conversations of your own, are tools: they stand at the file's end.
+# Other letters: see chapter 4. Running answers and reading your own conversations are tools, at the
+# file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
@@ -85,7 +88,8 @@ def fill_up(sequences, T, filler):
 def pack(examples, T, filler, seed):
     """Return fill_up's tensor of examples [(ids, learnt)] in a random order, side by side.
 
-    Their numbers keep them apart: in chapter 3, no position sees another document.
+    Their numbers keep them apart: in chapter 3, no position sees another document. With RoPE only
+    distances count, so that it does not matter where in a sequence one begins.
     """
     sequences = []
     shuffled = random.Random(seed).sample(examples, len(examples))
@@ -119,69 +123,14 @@ def show_mask(tokenizer, ids, learnt):
     print(f"{sum(learnt)} of {len(ids)} tokens are learnt")
 
 
-# ---- LoRA: thin adapters instead of all weights --------------------------------------------------
-# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
-# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
-# and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
-# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
-def lora_formula(x, weight, a, b):
-    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
-    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
-    return x @ changed.T
-
-
-class LoRA(nn.Module):
-    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made."""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        out, size = linear.weight.shape
-        self.linear = linear                     # frozen
-        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
-        self.a = nn.Parameter(a)
-        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
-
-    def forward(self, x):
-        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
-
-
-def find_layers(model, kind):
-    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
-    found = []
-    for module in model.layers.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, kind):
-                found.append((module, name, layer))
-    return found
-
-
-def add_lora(model, rank):
-    """Freeze a model, and put an adapter beside each of its linear layers."""
-    model.requires_grad_(False)
-    for module, name, linear in find_layers(model, nn.Linear):
-        setattr(module, name, LoRA(linear, rank))
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Return a model with the adapters, if it has any, added into its weights for good."""
-    if not find_layers(model, LoRA):
-        return model
-    merged = copy.deepcopy(model)
-    for module, name, lora in find_layers(merged, LoRA):
-        lora.linear.weight += lora.b @ lora.a
-        setattr(module, name, lora.linear)
-    return merged
-
-
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
 # all. {a|b} is a or b, and a "/" parts the lines of a loop. Capitals are slots:
 #   a parameter      N, M a number, L a list of numbers, T a text
 #   a constant       C a letter, K a number (now and then a parameter: a limit, say)
 #   another line     P a property, Q a question
-#   either of them   X a number, Y a list, Z a text; at the end, so that there is one reading: "the
-#                    square of the sum of x and y"; not a line with a star: "the square of x plus 7"
+#   either of these  X a number, Y a list, Z a text: a parameter or another line, never a constant;
+#                    but no line with a star, which could be misread: "the square of x plus 7"
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -289,14 +238,14 @@ def vary(text, chooser):
 def fill(text, values):
     """Put values for the slots of a text.
 
-    >>> fill("max(N, X)", {"N": "x", "X": "7"})
-    'max(x, 7)'
+    >>> fill("max(N, X)", {"N": "x", "X": "y"})
+    'max(x, y)'
     """
     return re.sub(SLOT, lambda found: values[found[0]], text)
 
 
 def draw_constant(slot, code, chooser):
-    """Return a letter for the slot C, a number for K; where it counts items or divides, a few."""
+    """Return a letter for C, a number for K: 2 to 10 beside a bracket, % or Z, else 0 to 100."""
     if slot == "C":
         return repr(chooser.choice(string.ascii_lowercase))
     if re.search(r"\[|%|Z", code):
@@ -347,7 +296,8 @@ def phrase(task, phrasing, noise, chooser):
     the header and the description, wherever they stand, and not to lean on the rest.
     """
     share = chooser.choice([0, 0, 0.2, 0.5, 1])
-    fixed = {"HEADER": header_of(task)[4:-1], "ANSWER": task.description}
+    header = header_of(task).removeprefix("def ").removesuffix(":")
+    fixed = {"HEADER": header, "ANSWER": task.description}
 
     def put(found):
         """Called with each word of the phrasing; returns what stands there in the end."""
@@ -431,11 +381,12 @@ def split_words(tokenizer):
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
-    common = [word for word in sorted(counts) if counts[word] > 7]
+    common = [word for word in sorted(counts) if counts[word] > 7]             # of so many modules
     used = {*keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
     names = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
     learnt = [name for name in names if not is_held_out(name)]
     noise = {*common} - {*names} - {*re.findall("[a-z]{4,}", GRAMMAR)}
+    # A token may hold what is before a name, too: so it is looked at after " ", "(" and "_".
     known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}_{name}") for name in learnt))
     new = [name for name in names if is_held_out(name)
            and known.issuperset(tokenizer.encode(f" {name}({name}_{name}"))]
@@ -443,12 +394,13 @@ def split_words(tokenizer):
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
-# What a model writes is a stranger's code. Only what these lists name is ever run, in a process of
-# its own with little time and memory: no import, no `while`, no attribute but methods of texts.
+# What a model writes is a stranger's code. Only what these lists name is ever run (`run_answer`),
+# in a process of its own with little time and memory: no import, no `while`, no attribute but
+# methods of texts.
 VERDICTS = ("no end", "no parse", "wrong header", "not allowed", "error", "wrong value", "pass")
-SYNTAX = set("""Return Assign AugAssign For If IfExp Name Constant Load Store Call Attribute keyword
-    BinOp UnaryOp BoolOp Compare Add Sub Mult Div FloorDiv Mod Pow USub Not And Or Eq NotEq Lt LtE
-    Gt GtE In NotIn List Subscript Slice ListComp GeneratorExp comprehension""".split())
+SYNTAX = set("""Return Assign AugAssign For If IfExp Name Load Store keyword BinOp UnaryOp BoolOp
+    Compare Add Sub Mult Div FloorDiv Mod Pow USub Not And Or Eq NotEq Lt LtE Gt GtE In NotIn List
+    Subscript Slice ListComp GeneratorExp comprehension""".split())
 METHODS = set("count endswith index join lower replace split startswith strip upper".split())
 BUILTINS = "abs all any bool int len list max min range reversed sorted str sum".split()
 
@@ -487,7 +439,7 @@ def judge(tasks, answers, ended):
             return "no end"
         return read_answer(task, answer) or run_answer(task, answer)
 
-    with ThreadPool() as pool:                                 # processes wait for each other less
+    with ThreadPool() as pool:                                 # several answers run at once
         return pool.starmap(verdict_on, zip(tasks, answers, ended))
 
 
@@ -504,7 +456,8 @@ def answer_tasks(model, tokenizer, tasks, ends, temperature=0.0):
 
 
 def interval(passed, count):
-    """Return the half width of a share's 95% interval (Agresti and Coull 1998: two more of each).
+    """Return the half width of a share's 95% interval (Agresti and Coull 1998: two more of each,
+    as else it would be 0 where all pass).
 
     >>> round(interval(95, 100), 2)
     0.05
@@ -535,13 +488,67 @@ def show_results(model, tokenizer, tasks, ends):
     show_table(results)
 
 
+# ---- LoRA: thin adapters instead of all weights --------------------------------------------------
+# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
+# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
+# and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
+# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
+def lora_formula(x, weight, a, b):
+    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
+    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
+    return x @ changed.T
+
+
+class LoRA(nn.Module):
+    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        out, size = linear.weight.shape
+        self.linear = linear                     # frozen
+        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
+
+    def forward(self, x):
+        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
+
+
+def find_layers(model, kind):
+    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
+    found = []
+    for module in model.layers.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, kind):
+                found.append((module, name, layer))
+    return found
+
+
+def add_lora(model, rank):
+    """Freeze a model, and put an adapter beside each linear layer of its blocks."""
+    model.requires_grad_(False)
+    for module, name, linear in find_layers(model, nn.Linear):
+        setattr(module, name, LoRA(linear, rank))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Return a model with the adapters, if it has any, added into its weights for good."""
+    if not find_layers(model, LoRA):
+        return model
+    merged = copy.deepcopy(model)
+    for module, name, lora in find_layers(merged, LoRA):
+        lora.linear.weight += lora.b @ lora.a
+        setattr(module, name, lora.linear)
+    return merged
+
+
 # ---- The script ----------------------------------------------------------------------------------
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
     steps: int = 2400  # updates of the weights
-    lr: float = 2e-3  # AdamW's learning rate: low, so that less is forgotten
-    matrix_lr: float = 1e-2  # Muon's learning rate for matrices
+    lr: float = 2e-3  # AdamW's learning rate: a third of chapter 4's, so that less is forgotten
     eval_every: int = 1200  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
@@ -572,7 +579,10 @@ def encode_fitting(conversations, tokenizer, context):
 
 
 def pieces_of(text, T, count):
-    """Return pieces of chapter 4's text, all of it to be learnt: one for 20 of `count` examples."""
+    """Return pieces of chapter 4's text, learnt whole: one for 20 of `count` examples.
+
+    They are longer than answers, and so two fifths of what counts in the loss.
+    """
     stride = max(T, 20 * len(text) // count)
     pieces = [text[start:start + T + 1].tolist() for start in range(0, len(text) - T, stride)]
     return [(ids, [True] * len(ids)) for ids in pieces]
@@ -628,7 +638,7 @@ def main(config):
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:
-        config = replace(config, optimizer="adamw")            # adapters are too thin for Muon
+        config = replace(config, optimizer="adamw")            # as is usual for adapters
         add_lora(model, config.lora_rank)
         model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -706,6 +716,7 @@ import builtins, json, sys
 try:
     import resource                              # not on Windows
     resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))         # bytes of memory
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                    # a second
 except (ImportError, ValueError, OSError):
     pass
 source, name, allowed, draws = json.load(sys.stdin)
@@ -718,13 +729,13 @@ def run_answer(task, answer):
     draws = draw_arguments(task)
     job = json.dumps([answer, task.name, BUILTINS, draws])
     try:
-        child = subprocess.run([sys.executable, "-I", "-S", "-c", CHILD], input=job, timeout=1,
+        child = subprocess.run([sys.executable, "-I", "-S", "-c", CHILD], input=job, timeout=9,
                                capture_output=True, text=True, encoding="utf-8")
         found = json.loads(child.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        return "error"                           # it took too much time, or memory
+        return "error"                           # it took too much time or memory
     expected = results(task.source, task.name, vars(builtins), draws)
-    pairs = [pair for pair in zip(expected, found) if pair[0] != "error"]      # [] has no first
+    pairs = [pair for pair in zip(expected, found) if pair[0] != "error"]      # x[0] of []
     wrong = [got for wanted, got in pairs if got != wanted]
     if not wrong:
         return "pass"
