@@ -385,7 +385,7 @@ def split_words(tokenizer):
     used = {*keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
     names = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
     learnt = [name for name in names if not is_held_out(name)]
-    noise = {*common} - {*names} - {*re.findall("[a-z]{4,}", GRAMMAR)}
+    noise = {*common} - {*names} - {*re.findall("[a-z]{5,}", GRAMMAR)}
     # A token may hold what is before a name, too: so it is looked at after " ", "(" and "_".
     known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}_{name}") for name in learnt))
     new = [name for name in names if is_held_out(name)
