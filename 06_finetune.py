@@ -634,7 +634,7 @@ def main(config):
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
     held_out = pack(encode_fitting(held_out, tokenizer, T), T, end, 0)         # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
-    examples += pieces_of(text, T, len(examples))                 # so that less of it is forgotten
+    examples += pieces_of(text, T, len(examples))              # so that less of it is forgotten
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:

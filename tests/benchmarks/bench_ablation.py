@@ -8,7 +8,7 @@ speaks against them.
 
 Run:    python tests/benchmarks/bench_ablation.py [--seconds 90] [--seeds 1 2] [--figure out/ablation.png]
 Prints: bits per byte on held-out text at the end and at equal tokens, mean over the seeds and half their range;
-        tokens/s; draws the curves. On two CPU cores it takes about half an hour; nothing else should run beside it.
+        tokens/s; draws the curves. On two CPU cores it takes about 40 minutes; nothing else should run beside it.
 """
 import argparse
 from pathlib import Path

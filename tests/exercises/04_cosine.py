@@ -1,4 +1,4 @@
-"""Chapter 4, exercise 2: let the learning rate fall along a cosine instead of a line."""
+"""Chapter 4, exercise (b): let the learning rate fall along a cosine instead of a line."""
 import math
 from types import SimpleNamespace
 

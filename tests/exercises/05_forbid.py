@@ -1,4 +1,4 @@
-"""Chapter 5, exercise 2: a filter that forbids some tokens."""
+"""Chapter 5, exercise (b): a filter that forbids some tokens."""
 import math
 
 import torch
