@@ -21,7 +21,6 @@ Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2
 import ast
 import builtins
 import copy
-import inspect
 import json
 import keyword
 import math
@@ -85,15 +84,14 @@ def fill_up(sequences, T, filler):
 
 
 # ---- For real: several conversations in a sequence -----------------------------------------------
-def pack(examples, T, filler, seed):
-    """Return fill_up's tensor of examples [(ids, learnt)] in a random order, side by side.
+def pack(examples, T, filler):
+    """Return fill_up's tensor of examples [(ids, learnt)], several side by side in a sequence.
 
     Their numbers keep them apart: in chapter 3, no position sees another document. With RoPE only
     distances count, so that it does not matter where in a sequence one begins.
     """
     sequences = []
-    shuffled = random.Random(seed).sample(examples, len(examples))
-    for number, (ids, learnt) in enumerate(shuffled):
+    for number, (ids, learnt) in enumerate(examples):
         columns = columns_of(ids, learnt, number)
         # Only the last eight are looked at: with all, it would take long and hardly fill more.
         with_room = [sequence for sequence in sequences[-8:] if len(sequence) + len(columns) <= T]
@@ -102,17 +100,6 @@ def pack(examples, T, filler, seed):
         else:
             sequences.append(columns)
     return fill_up(sequences, T, filler)
-
-
-def packed_batches(examples, R, T, filler, seed):
-    """Return batch(step) -> ids, targets, documents, (R, T) each: a pure function of the step."""
-    sequences = []                                             # grows by an epoch at a time
-
-    def batch(step):
-        while len(sequences) < (step + 1) * R:
-            sequences.extend(pack(examples, T, filler, f"{seed} {len(sequences)}"))
-        return torch.stack(sequences[step * R:(step + 1) * R]).unbind(1)       # 3 times (R, T)
-    return batch
 
 
 def show_mask(tokenizer, ids, learnt):
@@ -125,12 +112,8 @@ def show_mask(tokenizer, ids, learnt):
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
-# all. {a|b} is a or b, and a "/" parts the lines of a loop. Capitals are slots:
-#   a parameter      N, M a number, L a list of numbers, T a text
-#   a constant       C a letter, K a number (now and then a parameter: a limit, say)
-#   another line     P a property, Q a question
-#   either of these  X a number, Y a list, Z a text: a parameter or another line, never a constant;
-#                    but no line with a star, which could be misread: "the square of x plus 7"
+# all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots, to be filled. Lines
+# with a star stand in no other line, as they could be misread: "the square of x plus 7".
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -139,9 +122,9 @@ number    | max(N, X)                 | the {larger|greater|bigger|maximum} of N
 number    | min(N, X)                 | the {smaller|lesser|minimum} of N and X
 number    | abs(N - X)                | the {distance|absolute difference} {between|of} N and X
 number    | N % K                     | the remainder {of N divided by K|when N is divided by K}
-number*   | N + K                     | {N plus K|N increased by K}
-number*   | N - K                     | {N minus K|N decreased by K}
-number*   | N * K                     | {N times K|N multiplied by K}
+number*   | N + W                     | {N plus W|N increased by W}
+number*   | N - W                     | {N minus W|N decreased by W}
+number*   | N * W                     | {N times W|N multiplied by W}
 number    | X ** 2                    | the square of X
 number    | abs(X)                    | the absolute value of X
 number    | sum(Y)                    | the {sum|total} of {the|all} {items|elements} {of|in} Y
@@ -184,10 +167,10 @@ text      | Z[:K]                     | the first K {characters|letters} {of|in}
 text      | Z[-K:]                    | the last K {characters|letters} {of|in} Z
 text*     | Z * K                     | K copies of Z
 text*     | T + Z                     | {T followed by Z|T joined with Z}
-loop      | for item in L:/ total += item ** 2 | the sum of the squares of the items {of|in} L
-loop      | for item in L:/ if P:/  total += 1 | how many {items|elements} {of|in} L are P
-loop      | for item in L:/ if P:/  total += item | the sum of the items {of|in} L that are P
-loop      | for item in Z:/ if item.lower() in 'aeiou':/  total += 1 | the number of vowels in Z
+loop | for item in L:/    total += item ** 2 | the sum of the squares of the items {of|in} L
+loop | for item in L:/    if P:/        total += 1 | how many {items|elements} {of|in} L are P
+loop | for item in L:/    if P:/        total += item | the sum of the items {of|in} L that are P
+loop | for item in Z:/    if item.lower() in 'aeiou':/        total += 1 | the number of vowels in Z
 """
 PHRASINGS = """
 {Write|Define|Create} {a|the} {|Python }function {|called |named }HEADER that returns ANSWER.
@@ -211,9 +194,13 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-SLOT = r"\b[NMLTKCPQXYZ]\b"
-KINDS = {"N": "number", "M": "number", "K": "number", "X": "number", "L": "list", "Y": "list",
-         "T": "text", "Z": "text", "P": "property", "Q": "question"}
+SLOTS = {  # what fills a slot: another line of this kind, a constant, or else a parameter
+    #     kind, share of other lines, of constants
+    "N": ("number", 0, 0), "M": ("number", 0, 0), "K": ("number", 0, 0.8),
+    "X": ("number", 0.8, 0), "W": ("number", 0.4, 0.4),
+    "L": ("list", 0, 0), "Y": ("list", 0.8, 0), "T": ("text", 0, 0), "Z": ("text", 0.8, 0),
+    "C": ("letter", 0, 1), "P": ("property", 1, 0), "Q": ("question", 1, 0)}
+SLOT = rf"\b[{''.join(SLOTS)}]\b"
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
 
@@ -225,6 +212,7 @@ class Task:
     parts: list  # the code of its entry, or of two, one in the other
     types: dict = field(default_factory=dict)  # {parameter: its type}
     constants: list = field(default_factory=list)  # (code of an entry, value in it)
+    lines: list = field(default_factory=list)  # of the function, below its header
     description: str = ""
     source: str = ""
     instruction: str = ""
@@ -245,7 +233,7 @@ def fill(text, values):
 
 
 def draw_constant(slot, code, chooser):
-    """Return a letter for C, a number for K: 2 to 10 beside a bracket, % or Z, else 0 to 100."""
+    """Return a letter for C, else a number: 2 to 10 beside a bracket, % or Z, else 0 to 100."""
     if slot == "C":
         return repr(chooser.choice(string.ascii_lowercase))
     if re.search(r"\[|%|Z", code):
@@ -256,31 +244,36 @@ def draw_constant(slot, code, chooser):
 def compose(entry, task, names, chooser):
     """Return (code, description) of an entry, its slots filled; the task notes with what.
 
-        entry     max(N, X)           the larger of N and X
-        N         rows                rows                              a name, so a parameter
-        X         abs(X), X is x      the absolute value of x           another entry
-        returns   max(rows, (abs(x))), "the larger of rows and the absolute value of x"
+        entry     max(N, X)         the larger of N and X
+        N         rows              rows                              a name, so a parameter
+        X         part              the absolute value of x           another entry, and before it
+                                                                      the line part = abs(x)
+        returns   max(rows, part)   the larger of rows and the absolute value of x
     """
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        is_open = slot in "XYZ" and len(task.parts) == 1       # two in one are enough
-        if slot in "PQ" or is_open and chooser.random() < 0.8:
-            others = [other for other in ENTRIES if other.kind == KINDS[slot]]
+        kind, of_lines, of_constants = SLOTS[slot]
+        draw = chooser.random()
+        if draw < of_lines and (slot in "PQ" or len(task.parts) == 1):         # two are enough
+            others = [other for other in ENTRIES if other.kind == kind]
             part = chooser.choice([other for other in others if other.code not in task.parts])
             if slot != "P":
                 task.parts.append(part.code)
             code, text = compose(part, task, names, chooser)
             if slot == "P" and "N" in codes:                   # whether N is even
                 code = re.sub(r"\bitem\b", codes["N"], code)
-            codes[slot] = f"({code})"
+            if slot not in "PQ":
+                task.lines.append(f"part = {code}")
+                code = "part"
+            codes[slot] = code
             texts[slot] = text.removeprefix("whether ")
-        elif slot == "C" or slot == "K" and chooser.random() < 0.8:
+        elif draw > 1 - of_constants:
             codes[slot] = texts[slot] = draw_constant(slot, entry.code, chooser)
             task.constants.append((entry.code, codes[slot]))
         else:
             codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = KINDS[slot]
+            task.types[codes[slot]] = kind
     return fill(entry.code, codes), fill(words, texts)
 
 
@@ -298,15 +291,13 @@ def phrase(task, phrasing, noise, chooser):
     share = chooser.choice([0, 0, 0.2, 0.5, 1])
     header = header_of(task).removeprefix("def ").removesuffix(":")
     fixed = {"HEADER": header, "ANSWER": task.description}
-
-    def put(found):
-        """Called with each word of the phrasing; returns what stands there in the end."""
-        word = found[0]
-        if noise and word not in fixed and chooser.random() < share:
-            return " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
-        return fixed.get(word, word)
-
-    text = re.sub("[A-Za-z]+", put, vary(phrasing, chooser))
+    words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
+    for i, word in enumerate(words):
+        if word in fixed:
+            words[i] = fixed[word]
+        elif noise and word.isalpha() and chooser.random() < share:
+            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
+    text = "".join(words)
     return text[0].upper() + text[1:]
 
 
@@ -322,11 +313,11 @@ def draw_task(names, phrasings, noise, chooser):
     code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
         task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
-    lines = [f"return {code}"]
     if entry.kind == "loop":
-        lines = ["total = 0", *code.split("/"), "return total"]
-    source = "\n ".join([header_of(task), *lines])
-    task.source = ast.unparse(ast.parse(source))               # without needless brackets
+        task.lines += ["total = 0", *code.split("/"), "return total"]
+    else:
+        task.lines.append(f"return {code}")
+    task.source = "\n    ".join([header_of(task), *task.lines])
     task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
     return task
 
@@ -382,7 +373,7 @@ def split_words(tokenizer):
         if split == "train":
             counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
     common = [word for word in sorted(counts) if counts[word] > 7]             # of so many modules
-    used = {*keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
+    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
     names = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
     learnt = [name for name in names if not is_held_out(name)]
     noise = {*common} - {*names} - {*re.findall("[a-z]{5,}", GRAMMAR)}
@@ -632,7 +623,7 @@ def main(config):
         return show_mask(tokenizer, *examples[0])
     longest = max(len(ids) for ids, _ in examples)
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
-    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end, 0)         # (N, 3, T)
+    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end)            # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
     examples += pieces_of(text, T, len(examples))              # so that less of it is forgotten
 
@@ -643,8 +634,14 @@ def main(config):
         model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
-    batch = packed_batches(examples, max(1, config.batch_tokens // T), T, end, config.seed)
+    shuffled = random.Random(config.seed).sample(examples, len(examples))
+    sequences = pack(shuffled, T, end)                         # (N, 3, T)
+    R = max(1, config.batch_tokens // T)
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
+
+    def batch(step):
+        numbers = torch.arange(step * R, (step + 1) * R) % len(sequences)      # again and again
+        return sequences[numbers].unbind(1)                    # (R, T): ids, targets, documents
 
     def measure(model):
         return chapter4.surprise(model, machine, held_out, sizes)
@@ -698,20 +695,7 @@ def draw_arguments(task, count=200):
     return draws
 
 
-def results(source, name, builtins, draws):
-    """Return what a function returns for each list of arguments, as text: so 1 is not True."""
-    space = {"__builtins__": builtins}
-    exec(source, space)
-    found = []
-    for arguments in draws:
-        try:
-            found.append(repr(space[name](*arguments)))
-        except Exception:
-            found.append("error")                # a text would be "'error'"
-    return found
-
-
-CHILD = inspect.getsource(results) + """
+CHILD = """
 import builtins, json, sys
 try:
     import resource                              # not on Windows
@@ -719,22 +703,30 @@ try:
     resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                    # a second
 except (ImportError, ValueError, OSError):
     pass
-source, name, allowed, draws = json.load(sys.stdin)
-print(json.dumps(results(source, name, {word: getattr(builtins, word) for word in allowed}, draws)))
+sources, name, allowed, draws = json.load(sys.stdin)
+builtins = {word: getattr(builtins, word) for word in allowed}
+for source in sources:
+    space = {"__builtins__": builtins}
+    exec(source, space)
+    found = []
+    for arguments in draws:
+        try:
+            found.append(repr(space[name](*arguments)))                # as text, 1 is not True
+        except Exception:
+            found.append("error")                                      # a text would be "'error'"
+    print(json.dumps(found))
 """
 
 
 def run_answer(task, answer):
-    """Return the verdict on an answer: it is run in a process of its own, the reference here."""
-    draws = draw_arguments(task)
-    job = json.dumps([answer, task.name, BUILTINS, draws])
+    """Return the verdict on an answer: it is run beside the reference, in a process of its own."""
+    job = json.dumps([[task.source, answer], task.name, BUILTINS, draw_arguments(task)])
     try:
         child = subprocess.run([sys.executable, "-I", "-S", "-c", CHILD], input=job, timeout=9,
                                capture_output=True, text=True, encoding="utf-8")
-        found = json.loads(child.stdout)
+        expected, found = map(json.loads, child.stdout.splitlines())
     except (subprocess.TimeoutExpired, ValueError):
         return "error"                           # it took too much time or memory
-    expected = results(task.source, task.name, vars(builtins), draws)
     pairs = [pair for pair in zip(expected, found) if pair[0] != "error"]      # x[0] of []
     wrong = [got for wanted, got in pairs if got != wanted]
     if not wrong:
