@@ -17,6 +17,7 @@ Writes: out/data/train.bin, val.bin, test.bin (uint16 or uint32), meta.json, sta
 Source: the flat file of tokens is nanoGPT's idea; the fixed order of the sequences is our own
 """
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -326,6 +327,50 @@ def download(name, folder, table):
     except (OSError, HTTPException) as error:
         raise CourseError(f"no download of {url}: {error}. Save it by hand as {path}") from None
     return path
+
+
+# ---- Tools: conversations, for chapter 6 ---------------------------------------------------------
+CONVERSATIONS = {"dolly": (
+    "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
+    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0")}
+
+
+def messages_of(data):
+    """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
+    messages = data.get("messages")
+    if not messages:
+        question = f"{data['instruction']}\n\n{data.get('input') or data.get('context') or ''}"
+        messages = [{"role": "user", "content": question},
+                    {"role": "assistant", "content": data.get("output") or data["response"]}]
+    spoken = [message["role"] for message in messages if message["role"] != "system"]
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(f"user and assistant should take turns, the assistant last, not {spoken}")
+    if not all(message["content"].strip() for message in messages):
+        raise ValueError("a message is empty")
+    return messages
+
+
+def read_conversations(path):
+    """Return the conversations of a file of JSON lines. Raises CourseError naming a bad line."""
+    conversations = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            conversations.append(messages_of(json.loads(line)))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
+                              "content) or instruction and output") from None
+    if not conversations:
+        raise CourseError(f"{path} holds no conversations")
+    return conversations
+
+
+def open_conversations(name, downloads_folder):
+    """Return the conversations of a download of the table, or else of a file."""
+    path = name
+    if name in CONVERSATIONS:
+        path = download(name, downloads_folder, CONVERSATIONS)
+    return read_conversations(path)
 
 
 if __name__ == "__main__":

@@ -406,7 +406,7 @@ def main(config):
         show_copied(written, tokenizer, Path(config.out, "data"))
 
 
-# ---- Tools: opening a folder ---------------------------------------------------------------------
+# ---- Tools: opening a folder, and adding the marks of a chat -------------------------------------
 def open_model(folder, device, context=0):
     """Return (model, tokenizer, ids that end a text) of a folder. Raises CourseError."""
     model = chapter3.GPT.load(folder, context).eval().to(device)
@@ -421,6 +421,25 @@ def open_model(folder, device, context=0):
         ends = found.get("eos_token_id") if isinstance(found, dict) else None
     ends = ends if isinstance(ends, list) else [ends]
     return model, tokenizer, {i for i in ends if isinstance(i, int)}
+
+
+def with_chat_tokens(model, tokenizer):
+    """Return (model, tokenizer, tokens added): both know ChatML's marks, which GPT-2's do not."""
+    marks = (chapter1.CHAT_START, chapter1.CHAT_END)
+    missing = [text for text in marks if text not in tokenizer.special_tokens]
+    if not missing:
+        return model, tokenizer, []
+    first = tokenizer.vocab_size
+    added = [chapter1.special_json(text, first + i) for i, text in enumerate(missing)]
+    added = tokenizer.data["added_tokens"] + added
+    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
+    V = max(tokenizer.vocab_size, model.config.vocab_size)
+    grown = chapter3.GPT(replace(model.config, vocab_size=V))
+    target = grown.state_dict()                                # shares its memory with the model
+    for name, tensor in model.state_dict().items():
+        target[name][:len(tensor)] = tensor
+    print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
+    return grown.eval(), tokenizer, missing
 
 
 if __name__ == "__main__":

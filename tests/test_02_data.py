@@ -2,6 +2,7 @@
 import doctest
 import hashlib
 import http.server
+import json
 import random
 import subprocess
 import sys
@@ -336,3 +337,40 @@ def test_a_download_and_then_chapter_1(tokenizer, tmp_path):
     assert len(chapter2.open_tokens(tmp_path / "data", "train")[0]) > 1000
     for url, sha256, about in chapter2.DOWNLOADS.values():
         assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and "B, " in about
+
+
+# ---- Conversations
+def say(*texts, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+PAIRS = [{"instruction": "Who are you?", "output": "A small model."}, {"messages": say("Sing!", "La \u2028 la.")},
+         {"messages": [{"role": "system", "content": "Be kind."}, *say("Bye.", "See you.")]},
+         {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
+
+
+def test_conversations_are_read_from_a_file_or_a_download(tmp_path):
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS)
+    for name in ("mine.jsonl", "dolly.jsonl"):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    read = chapter2.open_conversations(str(tmp_path / "mine.jsonl"), tmp_path / "downloads")
+    assert [messages[-1]["content"] for messages in read] == ["A small model.", "La \u2028 la.", "See you.", "a", "ä"]
+    assert [message["role"] for message in read[2]] == ["system", "user", "assistant"]
+    assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
+    assert chapter2.open_conversations("dolly", tmp_path) == read
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing"):
+        with pytest.raises((CourseError, OSError), match=name):
+            chapter2.open_conversations(str(tmp_path / name), tmp_path)
+
+
+@pytest.mark.parametrize("bad", [
+    "not json", b"\xff", [1, 2], {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
+    {"messages": say("x", "y", roles=("robot", "assistant"))}, {"messages": say("x", "y", roles=("user", "user"))},
+    {"messages": say("x", roles=("system",) * 2)}, {"messages": say(" ", "y")}, {"messages": say(None, "y")}, {"messages": [{"role": "user"}]}])
+def test_a_bad_line_is_named(bad, tmp_path):
+    good = json.dumps(PAIRS[0]).encode()
+    bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()[1 if bad == "not json" else 0:]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good, bad, good]))
+    with pytest.raises(CourseError, match="line 2"):
+        chapter2.read_conversations(tmp_path / "mine.jsonl")
