@@ -89,23 +89,21 @@ SPLITS = ("train", "val", "test")
 load_once = lru_cache(Tokenizer.load)  # each process opens the tokenizer once
 
 
-def encode_document(tokenizer_folder, document):
-    """Return (split, ids and a separator, number of bytes) of a (split, text). By the separator the
-    model learns where a text ends, and that the next one has nothing to do with it."""
-    split, text = document
+def encode(tokenizer_folder, document):
+    """Return the ids of a (split, text), and a separator: by it the model learns where a text ends,
+    and that the next one has nothing to do with it."""
+    _, text = document
     tokenizer = load_once(tokenizer_folder)
-    ids = tokenizer.encode(text)
-    ids.append(tokenizer.special_tokens[tokenizer.end])
-    return split, ids, len(text.encode())
+    return tokenizer.encode(text) + [tokenizer.special_tokens[tokenizer.end]]
 
 
 def encode_all(documents, tokenizer_folder, workers):
-    """Yield what encode_document returns, in order, by several processes."""
+    """Yield ((split, text), ids) of all documents, in order; several processes encode."""
     documents = iter(documents)
     quiet = (signal.SIGINT, signal.SIG_IGN)                    # the main process answers Ctrl-C
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=quiet) as pool:
         while wave := list(islice(documents, 1000)):           # so that few texts wait in memory
-            yield from pool.map(partial(encode_document, tokenizer_folder), wave, chunksize=8)
+            yield from zip(wave, pool.map(partial(encode, tokenizer_folder), wave, chunksize=8))
 
 
 def write_tokens(documents, tokenizer_folder, folder, workers):
@@ -119,9 +117,9 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     (folder / "meta.json").unlink(missing_ok=True)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
-    for split, ids, size in encode_all(documents, tokenizer_folder, workers):
+    for (split, text), ids in encode_all(documents, tokenizer_folder, workers):
         files[split].write(np.array(ids, dtype))
-        totals[split].update(documents=1, tokens=len(ids), bytes=size)
+        totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))
         show_progress(files["train"].tell())
     for file in files.values():
         file.close()
@@ -262,7 +260,7 @@ def main(config):
     out = Path(config.out)
     folder = out / "data"
     for name in DOWNLOADS.keys() & config.source:
-        download(name, out / "downloads", DOWNLOADS)
+        download(name, out / "downloads")
     source = choose_source(config)
     changed, dropped = Counter(), Counter()
     # Split before cleaning, as chapter 1 did: so both hold out the same texts.
@@ -297,6 +295,11 @@ DOWNLOADS = {  # name: (address, sha256, size and licence)
         STORIES + "train.txt",
         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
         "2.2 GB, CDLA-Sharing-1.0"),
+    "dolly": (  # conversations, for chapter 6
+        "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
+        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+        "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
+        "13 MB, CC BY-SA 3.0"),
 }
 
 
@@ -306,11 +309,11 @@ def show_progress(done):
         print(f"  {done / 1e6:,.1f} MB", end="\x1b[K\r", flush=True)
 
 
-def download(name, folder, table):
-    """Fetch table[name], an (address, sha256, remark), into `folder` unless it is there; return its
-    path. Raises CourseError with the address and the path to put the file at by hand."""
-    url, expected, remark = table[name]
-    path = Path(folder) / (name + Path(url).suffix)
+def download(name, folder):
+    """Fetch a file of the table into `folder` unless it is there; return its path. Raises
+    CourseError with the address and the path to put the file at by hand."""
+    url, expected, remark = DOWNLOADS[name]
+    path = folder / (name + Path(url).suffix)
     if path.exists():
         return path
     print(f"downloading {url} ({remark})")
@@ -330,47 +333,34 @@ def download(name, folder, table):
 
 
 # ---- Tools: conversations, for chapter 6 ---------------------------------------------------------
-CONVERSATIONS = {"dolly": (
-    "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
-    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
-    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0")}
-
-
 def messages_of(data):
     """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
     messages = data.get("messages")
     if not messages:
-        question = f"{data['instruction']}\n\n{data.get('input') or data.get('context') or ''}"
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "content": data.get("output") or data["response"]}]
-    spoken = [message["role"] for message in messages if message["role"] != "system"]
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError(f"user and assistant should take turns, the assistant last, not {spoken}")
+        question = data["instruction"] + "\n\n" + (data.get("input") or data.get("context") or "")
+        answer = data.get("output") or data["response"]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if not re.fullmatch("(user assistant )+", " ".join([*roles, ""])):
+        raise ValueError(f"user and assistant should take turns, the assistant last, not {roles}")
     if not all(message["content"].strip() for message in messages):
         raise ValueError("a message is empty")
     return messages
 
 
-def read_conversations(path):
-    """Return the conversations of a file of JSON lines. Raises CourseError naming a bad line."""
+def open_conversations(name, downloads):
+    """Return the conversations of a download, or of a file of JSON lines. Raises CourseError."""
+    path = download(name, downloads) if name in DOWNLOADS else Path(name)
     conversations = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             conversations.append(messages_of(json.loads(line)))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:                             # a line may hold anything
             raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
                               "content) or instruction and output") from None
     if not conversations:
         raise CourseError(f"{path} holds no conversations")
     return conversations
-
-
-def open_conversations(name, downloads_folder):
-    """Return the conversations of a download of the table, or else of a file."""
-    path = name
-    if name in CONVERSATIONS:
-        path = download(name, downloads_folder, CONVERSATIONS)
-    return read_conversations(path)
 
 
 if __name__ == "__main__":

@@ -298,28 +298,29 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.mark.parametrize("length", [len(BODY), None])
-def test_a_download_keeps_the_file_under_its_name(site, tmp_path, length, capsys):
+def test_a_download_keeps_the_file_under_its_name(site, tmp_path, length, capsys, monkeypatch):
     address, pages = site
     pages["/input.txt"] = 200, BODY, length
-    table = {"name": (f"{address}/input.txt", SHA256, "public domain")}
-    path = chapter2.download("name", tmp_path / "new", table)
+    monkeypatch.setitem(chapter2.DOWNLOADS, "name", (f"{address}/input.txt", SHA256, "public domain"))
+    path = chapter2.download("name", tmp_path / "new")
     assert path == tmp_path / "new" / "name.txt" and files_in(tmp_path / "new") == {"name.txt": BODY}
     printed = capsys.readouterr().out
     assert address in printed and "public domain" in printed and "\r" not in printed
     path.write_text("put there by hand", encoding="utf-8")
-    assert chapter2.download("name", tmp_path / "new", table) == path                  # not fetched again
+    assert chapter2.download("name", tmp_path / "new") == path                  # not fetched again
     assert path.read_text(encoding="utf-8") == "put there by hand"
 
 
 @pytest.mark.parametrize("page, why", [
     ((200, BODY[:-1] + b"x", len(BODY)), "sha256"), ((404, b"", 0), "404"), ((200, BODY[:1_000_000], len(BODY)), ""), ((200, b"", 0), "sha256"),
     ((200, b"ffff\r\nonce", "chunked"), "IncompleteRead"), (None, "refused")], ids=["wrong", "missing", "cut off", "empty", "cut in a chunk", "no server"])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why):
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why, monkeypatch):
     address, pages = site
     pages["/input.txt"] = page
     url = f"{address}/input.txt" if page else "http://127.0.0.1:1/input.txt"
+    monkeypatch.setitem(chapter2.DOWNLOADS, "name", (url, SHA256, ""))
     with pytest.raises(CourseError) as caught:
-        chapter2.download("name", tmp_path, {"name": (url, SHA256, "")})
+        chapter2.download("name", tmp_path)
     message = str(caught.value)
     assert url in message and why in message and str(tmp_path / "name.txt") in message
     assert "\n" not in message and not list(tmp_path.iterdir())
@@ -373,4 +374,4 @@ def test_a_bad_line_is_named(bad, tmp_path):
     bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()[1 if bad == "not json" else 0:]
     (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good, bad, good]))
     with pytest.raises(CourseError, match="line 2"):
-        chapter2.read_conversations(tmp_path / "mine.jsonl")
+        chapter2.open_conversations(str(tmp_path / "mine.jsonl"), tmp_path)
