@@ -176,12 +176,13 @@ def generate_all(model, prompts, config, ends, vocab_size=None):
     written = [[] for _ in prompts]
     for length in set(map(len, prompts)):
         group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        going = group                                          # numbers of those not at their end
+        going = set(group)                                     # numbers of those not at their end
         for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
             for i, token in zip(group, new):
                 if i in going:
                     written[i].append(token)
-            going = [i for i in going if written[i][-1] not in ends]
+                if token in ends:
+                    going.discard(i)
             if not going:
                 break
     return written
@@ -221,8 +222,6 @@ def attention_maps(model, ids):
 
 def draw_heatmap(model, tokenizer, ids, config):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
-    if Path(config.heatmap).suffix not in ("", ".png", ".svg"):
-        raise CourseError(f"--heatmap {config.heatmap}: a picture's name ends in .png or .svg")
     ids = ids[:64]                                             # more could not be read
     maps = attention_maps(model, ids).numpy(force=True)        # (L, H, T, T)
     L, H, T, _ = maps.shape
@@ -267,7 +266,8 @@ def show_score(model, tokenizer, ids):
 
 
 def memorisation(ids, tokens):
-    """Return the length of the longest run of ids that stands in tokens too.
+    """Return the length of the longest run of ids that stands in tokens too: how much the model
+    knows by heart is a question of privacy, and of licences.
 
     >>> memorisation([5, 1, 2, 3, 9], torch.tensor([0, 1, 2, 3, 4]))
     3
@@ -323,10 +323,10 @@ def encode_chat(tokenizer, messages):
     for message in messages:
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
         said = [*tokenizer.encode(message["content"].strip()), end]    # marks typed in it stay text
-        ids += opening + said + newline
-        learnt += [False] * len(opening)
-        learnt += [message["role"] == "assistant"] * len(said)
-        learnt += [False] * len(newline)
+        is_answer = message["role"] == "assistant"
+        for piece, is_learnt in ((opening, False), (said, is_answer), (newline, False)):
+            ids += piece
+            learnt += [is_learnt] * len(piece)
     return ids, learnt
 
 
@@ -372,14 +372,6 @@ def defaults_for(given):
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
 
 
-def show_copied(written, tokenizer, folder):
-    """Say how much the model knows by heart: a question of privacy, and of licences."""
-    tokens = chapter2.matching_tokens(folder, "train", tokenizer)
-    if len(tokens):
-        longest = memorisation(written, tokens[:10_000_000])
-        print(f"[copied from the training data: {longest} tokens at a stretch]")
-
-
 def main(config):
     """Talk, score, draw or go on with a text, as the flags say."""
     folder = config.model or Path(config.out, "chat" if config.chat else "base")
@@ -396,6 +388,7 @@ def main(config):
         return show_score(model, tokenizer, ids)
     if config.heatmap:
         return draw_heatmap(model, tokenizer, ids, config)
+    data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
         start = time.perf_counter()
@@ -403,7 +396,9 @@ def main(config):
         speed = len(written) / (time.perf_counter() - start)
         print(f"[seed {seed}: {len(written)} of up to {config.max_tokens} tokens, "
               f"{speed:.0f} per second]")
-        show_copied(written, tokenizer, Path(config.out, "data"))
+        if len(data):
+            longest = memorisation(written, data[:10_000_000])
+            print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
 # ---- Tools: opening a folder, and adding the marks of a chat -------------------------------------
@@ -418,9 +413,10 @@ def open_model(folder, device, context=0):
     settings = Path(folder, "generation_config.json")
     if settings.exists():
         found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
-        ends = found.get("eos_token_id") if isinstance(found, dict) else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return model, tokenizer, {i for i in ends if isinstance(i, int)}
+        ends = found.get("eos_token_id")                       # one id, several or none
+    if not isinstance(ends, list):
+        ends = [ends]
+    return model, tokenizer, set(ends) - {None}
 
 
 def with_chat_tokens(model, tokenizer):
@@ -429,9 +425,9 @@ def with_chat_tokens(model, tokenizer):
     missing = [text for text in marks if text not in tokenizer.special_tokens]
     if not missing:
         return model, tokenizer, []
-    first = tokenizer.vocab_size
-    added = [chapter1.special_json(text, first + i) for i, text in enumerate(missing)]
-    added = tokenizer.data["added_tokens"] + added
+    added = list(tokenizer.data["added_tokens"])
+    for i, text in enumerate(missing, tokenizer.vocab_size):
+        added.append(chapter1.special_json(text, i))
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V))
