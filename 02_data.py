@@ -29,7 +29,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from http.client import HTTPException
 from importlib import import_module  # `import 01_tokenizer` is a syntax error
 from itertools import islice
 from pathlib import Path
@@ -197,8 +196,8 @@ def token_sizes(tokenizer, V):
 def show_batch(tokens, tokenizer):
     """Print the first batch: inputs above targets."""
     x, y = get_batch(tokens, step=0, B=2, T=min(16, len(tokens) - 1))
-    for inputs, targets in zip(x.tolist(), y.tolist()):
-        for name, ids in (("input  x", inputs), ("target y", targets)):
+    for sequence in zip(x, y):
+        for name, ids in zip(("input  x", "target y"), sequence):
             pieces = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
             print(f"{name}: {chapter1.show_tokens(pieces)}")
 
@@ -210,7 +209,7 @@ def draw_statistics(tokens, tokenizer, path):
     third, and so on, in every language; with both axes logarithmic, that is a straight line. So a
     few tokens are seen all the time, and most are rare: a model learns the common ones first, and
     for the rare ones it needs all the text there is."""
-    tokens = np.asarray(tokens[:20_000_000])
+    tokens = tokens[:20_000_000]
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
     _, counts = np.unique(tokens, return_counts=True)
@@ -269,8 +268,8 @@ def main(config):
     totals = write_tokens(cleaned, out / "tokenizer", folder, max(1, config.workers))
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
-        print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
-              f"{n['bytes']:14,} bytes")
+        print("{:5} {documents:9,} documents {tokens:13,} tokens {bytes:14,} bytes"
+              .format(split, **n))
 
     tokens, _ = open_tokens(folder, "train")
     tokenizer = Tokenizer.load(out / "tokenizer")
@@ -327,7 +326,7 @@ def download(name, folder):
                     show_progress(file.tell())
             if digest.hexdigest() != expected:
                 raise OSError("what came has another sha256")
-    except (OSError, HTTPException) as error:
+    except Exception as error:                                 # a network can fail in many ways
         raise CourseError(f"no download of {url}: {error}. Save it by hand as {path}") from None
     return path
 
@@ -341,7 +340,7 @@ def messages_of(data):
         answer = data.get("output") or data["response"]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     roles = [message["role"] for message in messages if message["role"] != "system"]
-    if not re.fullmatch("(user assistant )+", " ".join([*roles, ""])):
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ValueError(f"user and assistant should take turns, the assistant last, not {roles}")
     if not all(message["content"].strip() for message in messages):
         raise ValueError("a message is empty")

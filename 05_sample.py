@@ -176,14 +176,11 @@ def generate_all(model, prompts, config, ends, vocab_size=None):
     written = [[] for _ in prompts]
     for length in set(map(len, prompts)):
         group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        going = set(group)                                     # numbers of those not at their end
         for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
             for i, token in zip(group, new):
-                if i in going:
+                if ends.isdisjoint(written[i]):                # this one has not come to its end
                     written[i].append(token)
-                if token in ends:
-                    going.discard(i)
-            if not going:
+            if not any(ends.isdisjoint(written[i]) for i in group):
                 break
     return written
 
@@ -220,7 +217,7 @@ def attention_maps(model, ids):
     return torch.stack(maps)
 
 
-def draw_heatmap(model, tokenizer, ids, config):
+def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
     ids = ids[:64]                                             # more could not be read
     maps = attention_maps(model, ids).numpy(force=True)        # (L, H, T, T)
@@ -238,8 +235,8 @@ def draw_heatmap(model, tokenizer, ids, config):
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
     figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
-    chapter1.save_figure(figure, config.heatmap)
-    print(f"drew {config.heatmap}: how much the token on the left looks at the one below")
+    chapter1.save_figure(figure, path)
+    print(f"drew {path}: how much the token on the left looks at the one below")
 
 
 @torch.inference_mode()
@@ -365,8 +362,8 @@ def chat(model, tokenizer, config, ends):
 # ---- The script ----------------------------------------------------------------------------------
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ({"chat", "score", "heatmap", "samples"}, {"chat", "score", "prompt"}):
-        found = sorted(group & given.keys())
+    for group in ("chat score heatmap samples", "chat score prompt"):
+        found = sorted(given.keys() & group.split())
         if len(found) > 1:
             raise CourseError(f"these flags do nothing together: {', '.join(found)}")
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
@@ -387,7 +384,7 @@ def main(config):
     if config.score:
         return show_score(model, tokenizer, ids)
     if config.heatmap:
-        return draw_heatmap(model, tokenizer, ids, config)
+        return draw_heatmap(model, tokenizer, ids, config.heatmap)
     data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
