@@ -1,10 +1,9 @@
 """Chapter 2 · Tokens to batches: clean the text, encode it once, and serve it in sequences.
 
 Training reads the same text several times, in sequences of equal length. So the text is cleaned and
-turned into tokens once, all documents one after the other with a separator between them, and
-written to a flat file of integers. A batch is then B sequences of T tokens out of that file. What
-the model should answer at each position is simply the next token, so the targets are the inputs
-moved by one:
+turned into tokens once: a flat file of integers, the documents one after the other, a separator
+after each. A batch is B sequences of T tokens out of that file. What the model should answer at
+each position is the next token, so the targets are the inputs moved by one:
 
     file      def  add ( a , b )  :  return  a + b  <|endoftext|>  import ...
     input x   def  add ( a , b )
@@ -89,11 +88,9 @@ load_once = lru_cache(Tokenizer.load)  # each process opens the tokenizer once
 
 
 def encode(tokenizer_folder, document):
-    """Return the ids of a (split, text), and a separator: by it the model learns where a text ends,
-    and that the next one has nothing to do with it."""
+    """Return the ids of a (split, text)."""
     _, text = document
-    tokenizer = load_once(tokenizer_folder)
-    return tokenizer.encode(text) + [tokenizer.special_tokens[tokenizer.end]]
+    return load_once(tokenizer_folder).encode(text)
 
 
 def encode_all(documents, tokenizer_folder, workers):
@@ -110,6 +107,8 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     removed first and written last: where it stands, the files are whole. Returns
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
     tokenizer = Tokenizer.load(tokenizer_folder)
+    # By this separator, the model learns where a text ends: the next has nothing to do with it.
+    end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +116,7 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
     for (split, text), ids in encode_all(documents, tokenizer_folder, workers):
+        ids.append(end)
         files[split].write(np.array(ids, dtype))
         totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))
         show_progress(files["train"].tell())
@@ -203,12 +203,10 @@ def show_batch(tokens, tokenizer):
 
 
 def draw_statistics(tokens, tokenizer, path):
-    """Draw how long documents are, and how often tokens occur, beside Zipf's law.
-
-    Zipf's law: the commonest word occurs twice as often as the second, three times as often as the
-    third, and so on, in every language; with both axes logarithmic, that is a straight line. So a
-    few tokens are seen all the time, and most are rare: a model learns the common ones first, and
-    for the rare ones it needs all the text there is."""
+    """Draw how long documents are, and how often tokens occur, beside Zipf's law: in any language,
+    the commonest word occurs twice as often as the second, three times as often as the third, and
+    so on, a straight line where both axes are logarithmic. So a few tokens are seen all the time
+    and learnt first; most are rare, and for them a model needs all the text there is."""
     tokens = tokens[:20_000_000]
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next

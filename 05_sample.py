@@ -95,8 +95,8 @@ def next_token(logits, config, generator=None):
 def window_start(length, context):
     """Return where the model's view of a text of `length` tokens begins.
 
-    It sees `context` tokens at most, so the oldest drop out. Those that stay then stand at other
-    positions and must be read anew, all of them: so half drop out at once, and rarely.
+    It sees `context` tokens at most, so the oldest drop out. The others then stand at new positions
+    and must all be read again: so half drop out at once, and rarely.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -128,8 +128,8 @@ class KVCache:
 
     A new token changes nothing about those before it, as no position sees a later one: it only
     looks at their keys and values. With these kept, the model reads each token just once. Grouped
-    heads pay off here: with K = H / 2, half as much is kept.
-    """
+    heads pay off here: with K = H / 2, half as much is kept."""
+
     def __init__(self, size):
         self.size = size                                       # of positions at most
         self.keys_values = {}                                  # {its Attention: (2, B, K, size, D)}
@@ -148,12 +148,11 @@ class KVCache:
 
 @torch.inference_mode()
 def generate(model, prompts, config, vocab_size=None):
-    """Yield (new ids, one for each prompt; their logits (B, V)), again and again.
+    """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
     prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: so alike on any
     device, whoever else is being written. Ids from vocab_size on only pad the model's table and are
-    not drawn. The caller knows which streams have ended; when it has seen enough, it stops asking.
-    """
+    not drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     texts = as_batch(model, prompts)                                           # (B, T)
     cache = None
@@ -220,14 +219,13 @@ def attention_maps(model, ids):
 def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
     ids = ids[:64]                                             # more could not be read
-    maps = attention_maps(model, ids).numpy(force=True)        # (L, H, T, T)
-    L, H, T, _ = maps.shape
+    maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
+    L, H, T, _ = maps.shape                                    # H: four heads at most
     layers = sorted({0, L // 2, L - 1})                        # edit this to see others
-    heads = min(4, H)
     names = [repr(tokenizer.decode([i])) for i in ids]
     side = 1.5 + 0.17 * T                                      # inches
-    figure = Figure(figsize=(side * heads, side * len(layers)), layout="constrained")
-    axes = figure.subplots(len(layers), heads, squeeze=False)
+    figure = Figure(figsize=(side * H, side * len(layers)), layout="constrained")
+    axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
             picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
@@ -421,18 +419,17 @@ def with_chat_tokens(model, tokenizer):
     marks = (chapter1.CHAT_START, chapter1.CHAT_END)
     missing = [text for text in marks if text not in tokenizer.special_tokens]
     if not missing:
-        return model, tokenizer, []
+        return model, tokenizer, missing
     added = list(tokenizer.data["added_tokens"])
     for i, text in enumerate(missing, tokenizer.vocab_size):
         added.append(chapter1.special_json(text, i))
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
     V = max(tokenizer.vocab_size, model.config.vocab_size)
-    grown = chapter3.GPT(replace(model.config, vocab_size=V))
-    target = grown.state_dict()                                # shares its memory with the model
-    for name, tensor in model.state_dict().items():
-        target[name][:len(tensor)] = tensor
+    grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
+    for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
+        new[:len(old)] = old                                   # written into the grown model
     print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
-    return grown.eval(), tokenizer, missing
+    return grown, tokenizer, missing
 
 
 if __name__ == "__main__":
