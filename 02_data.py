@@ -132,8 +132,8 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
 # ---- Batches -------------------------------------------------------------------------------------
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
-    path = Path(folder) / f"{split}.bin"
-    meta = chapter1.read_json(Path(folder) / "meta.json", "02_data.py")
+    path = folder / f"{split}.bin"
+    meta = chapter1.read_json(folder / "meta.json", "02_data.py")
     try:
         count = meta["splits"][split]["tokens"]
         if count == 0:
@@ -145,7 +145,7 @@ def open_tokens(folder, split):
 
 def matching_tokens(folder, split, tokenizer):
     """Return the tokens of a split; none where there are none, or those of another tokenizer."""
-    if not (Path(folder) / "meta.json").exists():
+    if not (folder / "meta.json").exists():
         return np.zeros(0, np.uint16)
     tokens, meta = open_tokens(folder, split)
     return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]

@@ -141,8 +141,8 @@ class KVCache:
             # Room for all to come: growing would copy what is there with each new token.
             B, K, _, D = k.shape
             self.keys_values[layer] = k.new_empty(2, B, K, self.size, D)
-        kept = self.keys_values[layer][:, :, :, :self.length + k.shape[2]]
-        kept[:, :, :, self.length:] = torch.stack((k, v))
+        kept = self.keys_values[layer][..., :self.length + k.shape[2], :]      # (2, B, K, S, D)
+        kept[..., self.length:, :] = torch.stack((k, v))
         return kept                                            # its first axis: k, v = kept
 
 
@@ -241,12 +241,12 @@ def draw_heatmap(model, tokenizer, ids, path):
 def score(model, ids):
     """Return the bits that each of the ids costs, but for the first, which follows nothing. A token
     of probability p costs -log2 p: 0 bits if it was certain, 1 if it was one of two."""
-    T = model.config.context
+    T = model.config.context                                   # the model sees T at a time
+    ids = as_batch(model, ids)
     bits = []
-    for start in range(0, len(ids) - 1, T):                    # the model sees T at a time
-        piece = as_batch(model, [ids[start:start + T + 1]])                    # (1, T + 1)
-        logits = model(piece[:, :-1])[0]                                       # (T, V)
-        losses = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")     # (T)
+    for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):           # (T) each
+        logits = model(inputs[None])[0]                                        # (T, V)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")          # (T)
         bits += (losses / math.log(2)).tolist()                # -ln p -> -log2 p
     return bits
 
