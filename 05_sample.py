@@ -151,8 +151,8 @@ def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
     prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: so alike on any
-    device, whoever else is being written. Ids from vocab_size on only pad the model's table and are
-    not drawn. The caller knows which streams have ended, and when to stop asking."""
+    device, whoever else is being written. Ids from vocab_size on only pad the model's table: none
+    is drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     texts = as_batch(model, prompts)                                           # (B, T)
     cache = None
@@ -427,7 +427,7 @@ def with_chat_tokens(model, tokenizer):
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
-        new[:len(old)] = old                                   # written into the grown model
+        new[:len(old)] = old                                   # `new` shares the model's memory
     print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
     return grown, tokenizer, missing
 
