@@ -1,10 +1,9 @@
 """Chapter 2 · Tokens to batches: clean the text, encode it once, and serve it in sequences.
 
 Training reads the same text several times, in sequences of equal length. So the text is cleaned and
-turned into tokens once, all documents one after the other with a separator between them, and
-written to a flat file of integers. A batch is then B sequences of T tokens out of that file. What
-the model should answer at each position is simply the next token, so the targets are the inputs
-moved by one:
+turned into tokens once: a flat file of integers, the documents one after the other, a separator
+after each. A batch is B sequences of T tokens out of that file. What the model should answer at
+each position is the next token, so the targets are the inputs moved by one:
 
     file      def  add ( a , b )  :  return  a + b  <|endoftext|>  import ...
     input x   def  add ( a , b )
@@ -17,6 +16,7 @@ Writes: out/data/train.bin, val.bin, test.bin (uint16 or uint32), meta.json, sta
 Source: the flat file of tokens is nanoGPT's idea; the fixed order of the sequences is our own
 """
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -28,7 +28,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from http.client import HTTPException
 from importlib import import_module  # `import 01_tokenizer` is a syntax error
 from itertools import islice
 from pathlib import Path
@@ -88,23 +87,19 @@ SPLITS = ("train", "val", "test")
 load_once = lru_cache(Tokenizer.load)  # each process opens the tokenizer once
 
 
-def encode_document(tokenizer_folder, document):
-    """Return (split, ids and a separator, number of bytes) of a (split, text). By the separator the
-    model learns where a text ends, and that the next one has nothing to do with it."""
-    split, text = document
-    tokenizer = load_once(tokenizer_folder)
-    ids = tokenizer.encode(text)
-    ids.append(tokenizer.special_tokens[tokenizer.end])
-    return split, ids, len(text.encode())
+def encode(tokenizer_folder, document):
+    """Return the ids of a (split, text)."""
+    _, text = document
+    return load_once(tokenizer_folder).encode(text)
 
 
 def encode_all(documents, tokenizer_folder, workers):
-    """Yield what encode_document returns, in order, by several processes."""
+    """Yield ((split, text), ids) of all documents, in order; several processes encode."""
     documents = iter(documents)
     quiet = (signal.SIGINT, signal.SIG_IGN)                    # the main process answers Ctrl-C
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=quiet) as pool:
         while wave := list(islice(documents, 1000)):           # so that few texts wait in memory
-            yield from pool.map(partial(encode_document, tokenizer_folder), wave, chunksize=8)
+            yield from zip(wave, pool.map(partial(encode, tokenizer_folder), wave, chunksize=8))
 
 
 def write_tokens(documents, tokenizer_folder, folder, workers):
@@ -112,15 +107,18 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     removed first and written last: where it stands, the files are whole. Returns
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
     tokenizer = Tokenizer.load(tokenizer_folder)
+    # By this separator, the model learns where a text ends: the next has nothing to do with it.
+    end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
-    for split, ids, size in encode_all(documents, tokenizer_folder, workers):
+    for (split, text), ids in encode_all(documents, tokenizer_folder, workers):
+        ids.append(end)
         files[split].write(np.array(ids, dtype))
-        totals[split].update(documents=1, tokens=len(ids), bytes=size)
+        totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))
         show_progress(files["train"].tell())
     for file in files.values():
         file.close()
@@ -134,8 +132,8 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
 # ---- Batches -------------------------------------------------------------------------------------
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
-    path = Path(folder) / f"{split}.bin"
-    meta = chapter1.read_json(Path(folder) / "meta.json", "02_data.py")
+    path = folder / f"{split}.bin"
+    meta = chapter1.read_json(folder / "meta.json", "02_data.py")
     try:
         count = meta["splits"][split]["tokens"]
         if count == 0:
@@ -147,7 +145,7 @@ def open_tokens(folder, split):
 
 def matching_tokens(folder, split, tokenizer):
     """Return the tokens of a split; none where there are none, or those of another tokenizer."""
-    if not (Path(folder) / "meta.json").exists():
+    if not (folder / "meta.json").exists():
         return np.zeros(0, np.uint16)
     tokens, meta = open_tokens(folder, split)
     return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
@@ -198,20 +196,18 @@ def token_sizes(tokenizer, V):
 def show_batch(tokens, tokenizer):
     """Print the first batch: inputs above targets."""
     x, y = get_batch(tokens, step=0, B=2, T=min(16, len(tokens) - 1))
-    for inputs, targets in zip(x.tolist(), y.tolist()):
-        for name, ids in (("input  x", inputs), ("target y", targets)):
+    for sequence in zip(x, y):
+        for name, ids in zip(("input  x", "target y"), sequence):
             pieces = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
             print(f"{name}: {chapter1.show_tokens(pieces)}")
 
 
 def draw_statistics(tokens, tokenizer, path):
-    """Draw how long documents are, and how often tokens occur, beside Zipf's law.
-
-    Zipf's law: the commonest word occurs twice as often as the second, three times as often as the
-    third, and so on, in every language; with both axes logarithmic, that is a straight line. So a
-    few tokens are seen all the time, and most are rare: a model learns the common ones first, and
-    for the rare ones it needs all the text there is."""
-    tokens = np.asarray(tokens[:20_000_000])
+    """Draw how long documents are, and how often tokens occur, beside Zipf's law: in any language,
+    the commonest word occurs twice as often as the second, three times as often as the third, and
+    so on, a straight line where both axes are logarithmic. So a few tokens are seen all the time
+    and learnt first; most are rare, and for them a model needs all the text there is."""
+    tokens = tokens[:20_000_000]
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
     _, counts = np.unique(tokens, return_counts=True)
@@ -261,7 +257,7 @@ def main(config):
     out = Path(config.out)
     folder = out / "data"
     for name in DOWNLOADS.keys() & config.source:
-        download(name, out / "downloads", DOWNLOADS)
+        download(name, out / "downloads")
     source = choose_source(config)
     changed, dropped = Counter(), Counter()
     # Split before cleaning, as chapter 1 did: so both hold out the same texts.
@@ -270,8 +266,8 @@ def main(config):
     totals = write_tokens(cleaned, out / "tokenizer", folder, max(1, config.workers))
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
-        print(f"{split:5} {n['documents']:9,} documents {n['tokens']:13,} tokens "
-              f"{n['bytes']:14,} bytes")
+        print("{:5} {documents:9,} documents {tokens:13,} tokens {bytes:14,} bytes"
+              .format(split, **n))
 
     tokens, _ = open_tokens(folder, "train")
     tokenizer = Tokenizer.load(out / "tokenizer")
@@ -296,6 +292,11 @@ DOWNLOADS = {  # name: (address, sha256, size and licence)
         STORIES + "train.txt",
         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
         "2.2 GB, CDLA-Sharing-1.0"),
+    "dolly": (  # conversations, for chapter 6
+        "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
+        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
+        "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec",
+        "13 MB, CC BY-SA 3.0"),
 }
 
 
@@ -305,11 +306,11 @@ def show_progress(done):
         print(f"  {done / 1e6:,.1f} MB", end="\x1b[K\r", flush=True)
 
 
-def download(name, folder, table):
-    """Fetch table[name], an (address, sha256, remark), into `folder` unless it is there; return its
-    path. Raises CourseError with the address and the path to put the file at by hand."""
-    url, expected, remark = table[name]
-    path = Path(folder) / (name + Path(url).suffix)
+def download(name, folder):
+    """Fetch a file of the table into `folder` unless it is there; return its path. Raises
+    CourseError with the address and the path to put the file at by hand."""
+    url, expected, remark = DOWNLOADS[name]
+    path = folder / (name + Path(url).suffix)
     if path.exists():
         return path
     print(f"downloading {url} ({remark})")
@@ -323,9 +324,40 @@ def download(name, folder, table):
                     show_progress(file.tell())
             if digest.hexdigest() != expected:
                 raise OSError("what came has another sha256")
-    except (OSError, HTTPException) as error:
+    except Exception as error:                                 # a network can fail in many ways
         raise CourseError(f"no download of {url}: {error}. Save it by hand as {path}") from None
     return path
+
+
+# ---- Tools: conversations, for chapter 6 ---------------------------------------------------------
+def messages_of(data):
+    """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
+    messages = data.get("messages")
+    if not messages:
+        question = data["instruction"] + "\n\n" + (data.get("input") or data.get("context") or "")
+        answer = data.get("output") or data["response"]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"user and assistant should take turns, the assistant last, not {roles}")
+    if not all(message["content"].strip() for message in messages):
+        raise ValueError("a message is empty")
+    return messages
+
+
+def open_conversations(name, downloads):
+    """Return the conversations of a download, or of a file of JSON lines. Raises CourseError."""
+    path = download(name, downloads) if name in DOWNLOADS else Path(name)
+    conversations = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            conversations.append(messages_of(json.loads(line)))
+        except Exception as error:                             # a line may hold anything
+            raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
+                              "content) or instruction and output") from None
+    if not conversations:
+        raise CourseError(f"{path} holds no conversations")
+    return conversations
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def next_token(logits, config, generator=None):
 def window_start(length, context):
     """Return where the model's view of a text of `length` tokens begins.
 
-    It sees `context` tokens at most, so the oldest drop out. Those that stay then stand at other
-    positions and must be read anew, all of them: so half drop out at once, and rarely.
+    It sees `context` tokens at most, so the oldest drop out. The others then stand at new positions
+    and must all be read again: so half drop out at once, and rarely.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -128,8 +128,8 @@ class KVCache:
 
     A new token changes nothing about those before it, as no position sees a later one: it only
     looks at their keys and values. With these kept, the model reads each token just once. Grouped
-    heads pay off here: with K = H / 2, half as much is kept.
-    """
+    heads pay off here: with K = H / 2, half as much is kept."""
+
     def __init__(self, size):
         self.size = size                                       # of positions at most
         self.keys_values = {}                                  # {its Attention: (2, B, K, size, D)}
@@ -141,19 +141,18 @@ class KVCache:
             # Room for all to come: growing would copy what is there with each new token.
             B, K, _, D = k.shape
             self.keys_values[layer] = k.new_empty(2, B, K, self.size, D)
-        kept = self.keys_values[layer][:, :, :, :self.length + k.shape[2]]
-        kept[:, :, :, self.length:] = torch.stack((k, v))
+        kept = self.keys_values[layer][..., :self.length + k.shape[2], :]      # (2, B, K, S, D)
+        kept[..., self.length:, :] = torch.stack((k, v))
         return kept                                            # its first axis: k, v = kept
 
 
 @torch.inference_mode()
 def generate(model, prompts, config, vocab_size=None):
-    """Yield (new ids, one for each prompt; their logits (B, V)), again and again.
+    """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
     prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: so alike on any
-    device, whoever else is being written. Ids from vocab_size on only pad the model's table and are
-    not drawn. The caller knows which streams have ended; when it has seen enough, it stops asking.
-    """
+    device, whoever else is being written. Ids from vocab_size on only pad the model's table: none
+    is drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     texts = as_batch(model, prompts)                                           # (B, T)
     cache = None
@@ -176,13 +175,11 @@ def generate_all(model, prompts, config, ends, vocab_size=None):
     written = [[] for _ in prompts]
     for length in set(map(len, prompts)):
         group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        going = group                                          # numbers of those not at their end
         for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
             for i, token in zip(group, new):
-                if i in going:
+                if ends.isdisjoint(written[i]):                # this one has not come to its end
                     written[i].append(token)
-            going = [i for i in going if written[i][-1] not in ends]
-            if not going:
+            if not any(ends.isdisjoint(written[i]) for i in group):
                 break
     return written
 
@@ -219,19 +216,16 @@ def attention_maps(model, ids):
     return torch.stack(maps)
 
 
-def draw_heatmap(model, tokenizer, ids, config):
+def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
-    if Path(config.heatmap).suffix not in ("", ".png", ".svg"):
-        raise CourseError(f"--heatmap {config.heatmap}: a picture's name ends in .png or .svg")
     ids = ids[:64]                                             # more could not be read
-    maps = attention_maps(model, ids).numpy(force=True)        # (L, H, T, T)
-    L, H, T, _ = maps.shape
+    maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
+    L, H, T, _ = maps.shape                                    # H: four heads at most
     layers = sorted({0, L // 2, L - 1})                        # edit this to see others
-    heads = min(4, H)
     names = [repr(tokenizer.decode([i])) for i in ids]
     side = 1.5 + 0.17 * T                                      # inches
-    figure = Figure(figsize=(side * heads, side * len(layers)), layout="constrained")
-    axes = figure.subplots(len(layers), heads, squeeze=False)
+    figure = Figure(figsize=(side * H, side * len(layers)), layout="constrained")
+    axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
             picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
@@ -239,20 +233,20 @@ def draw_heatmap(model, tokenizer, ids, config):
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
     figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
-    chapter1.save_figure(figure, config.heatmap)
-    print(f"drew {config.heatmap}: how much the token on the left looks at the one below")
+    chapter1.save_figure(figure, path)
+    print(f"drew {path}: how much the token on the left looks at the one below")
 
 
 @torch.inference_mode()
 def score(model, ids):
     """Return the bits that each of the ids costs, but for the first, which follows nothing. A token
     of probability p costs -log2 p: 0 bits if it was certain, 1 if it was one of two."""
-    T = model.config.context
+    T = model.config.context                                   # the model sees T at a time
+    ids = as_batch(model, ids)
     bits = []
-    for start in range(0, len(ids) - 1, T):                    # the model sees T at a time
-        piece = as_batch(model, [ids[start:start + T + 1]])                    # (1, T + 1)
-        logits = model(piece[:, :-1])[0]                                       # (T, V)
-        losses = torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="none")     # (T)
+    for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):           # (T) each
+        logits = model(inputs[None])[0]                                        # (T, V)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")          # (T)
         bits += (losses / math.log(2)).tolist()                # -ln p -> -log2 p
     return bits
 
@@ -267,7 +261,8 @@ def show_score(model, tokenizer, ids):
 
 
 def memorisation(ids, tokens):
-    """Return the length of the longest run of ids that stands in tokens too.
+    """Return the length of the longest run of ids that stands in tokens too: how much the model
+    knows by heart is a question of privacy, and of licences.
 
     >>> memorisation([5, 1, 2, 3, 9], torch.tensor([0, 1, 2, 3, 4]))
     3
@@ -323,10 +318,10 @@ def encode_chat(tokenizer, messages):
     for message in messages:
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
         said = [*tokenizer.encode(message["content"].strip()), end]    # marks typed in it stay text
-        ids += opening + said + newline
-        learnt += [False] * len(opening)
-        learnt += [message["role"] == "assistant"] * len(said)
-        learnt += [False] * len(newline)
+        is_answer = message["role"] == "assistant"
+        for piece, is_learnt in ((opening, False), (said, is_answer), (newline, False)):
+            ids += piece
+            learnt += [is_learnt] * len(piece)
     return ids, learnt
 
 
@@ -365,19 +360,11 @@ def chat(model, tokenizer, config, ends):
 # ---- The script ----------------------------------------------------------------------------------
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ({"chat", "score", "heatmap", "samples"}, {"chat", "score", "prompt"}):
-        found = sorted(group & given.keys())
+    for group in ("chat score heatmap samples", "chat score prompt"):
+        found = sorted(given.keys() & group.split())
         if len(found) > 1:
             raise CourseError(f"these flags do nothing together: {', '.join(found)}")
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
-
-
-def show_copied(written, tokenizer, folder):
-    """Say how much the model knows by heart: a question of privacy, and of licences."""
-    tokens = chapter2.matching_tokens(folder, "train", tokenizer)
-    if len(tokens):
-        longest = memorisation(written, tokens[:10_000_000])
-        print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
 def main(config):
@@ -395,7 +382,8 @@ def main(config):
     if config.score:
         return show_score(model, tokenizer, ids)
     if config.heatmap:
-        return draw_heatmap(model, tokenizer, ids, config)
+        return draw_heatmap(model, tokenizer, ids, config.heatmap)
+    data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
         start = time.perf_counter()
@@ -403,10 +391,12 @@ def main(config):
         speed = len(written) / (time.perf_counter() - start)
         print(f"[seed {seed}: {len(written)} of up to {config.max_tokens} tokens, "
               f"{speed:.0f} per second]")
-        show_copied(written, tokenizer, Path(config.out, "data"))
+        if len(data):
+            longest = memorisation(written, data[:10_000_000])
+            print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
-# ---- Tools: opening a folder ---------------------------------------------------------------------
+# ---- Tools: opening a folder, and adding the marks of a chat -------------------------------------
 def open_model(folder, device, context=0):
     """Return (model, tokenizer, ids that end a text) of a folder. Raises CourseError."""
     model = chapter3.GPT.load(folder, context).eval().to(device)
@@ -418,9 +408,28 @@ def open_model(folder, device, context=0):
     settings = Path(folder, "generation_config.json")
     if settings.exists():
         found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
-        ends = found.get("eos_token_id") if isinstance(found, dict) else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return model, tokenizer, {i for i in ends if isinstance(i, int)}
+        ends = found.get("eos_token_id")                       # one id, several or none
+    if not isinstance(ends, list):
+        ends = [ends]
+    return model, tokenizer, set(ends) - {None}
+
+
+def with_chat_tokens(model, tokenizer):
+    """Return (model, tokenizer, tokens added): both know ChatML's marks, which GPT-2's do not."""
+    marks = (chapter1.CHAT_START, chapter1.CHAT_END)
+    missing = [text for text in marks if text not in tokenizer.special_tokens]
+    if not missing:
+        return model, tokenizer, missing
+    added = list(tokenizer.data["added_tokens"])
+    for i, text in enumerate(missing, tokenizer.vocab_size):
+        added.append(chapter1.special_json(text, i))
+    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
+    V = max(tokenizer.vocab_size, model.config.vocab_size)
+    grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
+    for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
+        new[:len(old)] = old                                   # `new` shares the model's memory
+    print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
+    return grown, tokenizer, missing
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ chapter3 = import_module("03_model")
 chapter4 = import_module("04_train")
 chapter5 = import_module("05_sample")
 CourseError = chapter1.CourseError
-CHAT_START = chapter1.CHAT_START
 CHAT_END = chapter1.CHAT_END
 IGNORED = chapter4.IGNORED
 
@@ -57,8 +56,7 @@ IGNORED = chapter4.IGNORED
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-# Other letters: see chapter 4. Running answers and reading your own conversations are tools, at the
-# file's end.
+# Other letters: see chapter 4. Running answers is a tool, at the file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
@@ -606,7 +604,7 @@ def main(config):
 
     # 1. The model, and the ids that end an answer.
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
-    model, tokenizer, added = with_chat_tokens(model, tokenizer)
+    model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
     end = tokenizer.special_tokens[CHAT_END]
     ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
@@ -614,7 +612,7 @@ def main(config):
     # 2. Conversations to learn from; held-out ones tell, while it learns, how well it does.
     tasks = {}
     if config.conversations:
-        conversations = open_conversations(config)
+        conversations = chapter2.open_conversations(config.conversations, out / "downloads")
     else:
         conversations, tasks = make_conversations(config, tokenizer)
     learnt, held_out = hold_out(conversations)
@@ -732,68 +730,6 @@ def run_answer(task, answer):
     if not wrong:
         return "pass"
     return "error" if wrong[0] == "error" else "wrong value"
-
-
-# ---- Tools: conversations of your own, and foreign tokenizers ------------------------------------
-CONVERSATIONS = {"dolly": (
-    "https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/"
-    "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a/databricks-dolly-15k.jsonl",
-    "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec", "13 MB, CC BY-SA 3.0")}
-
-
-def messages_of(data):
-    """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
-    messages = data.get("messages")
-    if not messages:
-        question = f"{data['instruction']}\n\n{data.get('input') or data.get('context') or ''}"
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "content": data.get("output") or data["response"]}]
-    spoken = [message["role"] for message in messages if message["role"] != "system"]
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError(f"user and assistant should take turns, the assistant last, not {spoken}")
-    if not all(message["content"].strip() for message in messages):
-        raise ValueError("a message is empty")
-    return messages
-
-
-def read_conversations(path):
-    """Return the conversations of a file of JSON lines. Raises CourseError naming a bad line."""
-    conversations = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            conversations.append(messages_of(json.loads(line)))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CourseError(f"{path}, line {number}: {error!r}; it should hold messages (role, "
-                              "content) or instruction and output") from None
-    if not conversations:
-        raise CourseError(f"{path} holds no conversations")
-    return conversations
-
-
-def open_conversations(config):
-    """Return the conversations of --conversations, a file or a download."""
-    path = config.conversations
-    if path in CONVERSATIONS:
-        path = chapter2.download(path, Path(config.out) / "downloads", CONVERSATIONS)
-    return read_conversations(path)
-
-
-def with_chat_tokens(model, tokenizer):
-    """Return (model, tokenizer, tokens added): both know ChatML's marks, which GPT-2's do not."""
-    missing = [text for text in (CHAT_START, CHAT_END) if text not in tokenizer.special_tokens]
-    if not missing:
-        return model, tokenizer, []
-    first = tokenizer.vocab_size
-    added = [chapter1.special_json(text, first + i) for i, text in enumerate(missing)]
-    added = tokenizer.data["added_tokens"] + added
-    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
-    V = max(tokenizer.vocab_size, model.config.vocab_size)
-    grown = chapter3.GPT(replace(model.config, vocab_size=V))
-    target = grown.state_dict()                                # shares its memory with the model
-    for name, tensor in model.state_dict().items():
-        target[name][:len(tensor)] = tensor
-    print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
-    return grown.eval(), tokenizer, missing
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import doctest
 import hashlib
 import http.server
+import json
 import random
 import subprocess
 import sys
@@ -297,28 +298,29 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.mark.parametrize("length", [len(BODY), None])
-def test_a_download_keeps_the_file_under_its_name(site, tmp_path, length, capsys):
+def test_a_download_keeps_the_file_under_its_name(site, tmp_path, length, capsys, monkeypatch):
     address, pages = site
     pages["/input.txt"] = 200, BODY, length
-    table = {"name": (f"{address}/input.txt", SHA256, "public domain")}
-    path = chapter2.download("name", tmp_path / "new", table)
+    monkeypatch.setitem(chapter2.DOWNLOADS, "name", (f"{address}/input.txt", SHA256, "public domain"))
+    path = chapter2.download("name", tmp_path / "new")
     assert path == tmp_path / "new" / "name.txt" and files_in(tmp_path / "new") == {"name.txt": BODY}
     printed = capsys.readouterr().out
     assert address in printed and "public domain" in printed and "\r" not in printed
     path.write_text("put there by hand", encoding="utf-8")
-    assert chapter2.download("name", tmp_path / "new", table) == path                  # not fetched again
+    assert chapter2.download("name", tmp_path / "new") == path                  # not fetched again
     assert path.read_text(encoding="utf-8") == "put there by hand"
 
 
 @pytest.mark.parametrize("page, why", [
     ((200, BODY[:-1] + b"x", len(BODY)), "sha256"), ((404, b"", 0), "404"), ((200, BODY[:1_000_000], len(BODY)), ""), ((200, b"", 0), "sha256"),
     ((200, b"ffff\r\nonce", "chunked"), "IncompleteRead"), (None, "refused")], ids=["wrong", "missing", "cut off", "empty", "cut in a chunk", "no server"])
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why):
+def test_a_failed_download_says_what_to_do_and_leaves_nothing(site, tmp_path, page, why, monkeypatch):
     address, pages = site
     pages["/input.txt"] = page
     url = f"{address}/input.txt" if page else "http://127.0.0.1:1/input.txt"
+    monkeypatch.setitem(chapter2.DOWNLOADS, "name", (url, SHA256, ""))
     with pytest.raises(CourseError) as caught:
-        chapter2.download("name", tmp_path, {"name": (url, SHA256, "")})
+        chapter2.download("name", tmp_path)
     message = str(caught.value)
     assert url in message and why in message and str(tmp_path / "name.txt") in message
     assert "\n" not in message and not list(tmp_path.iterdir())
@@ -336,3 +338,40 @@ def test_a_download_and_then_chapter_1(tokenizer, tmp_path):
     assert len(chapter2.open_tokens(tmp_path / "data", "train")[0]) > 1000
     for url, sha256, about in chapter2.DOWNLOADS.values():
         assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and "B, " in about
+
+
+# ---- Conversations
+def say(*texts, roles=("user", "assistant")):
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+PAIRS = [{"instruction": "Who are you?", "output": "A small model."}, {"messages": say("Sing!", "La \u2028 la.")},
+         {"messages": [{"role": "system", "content": "Be kind."}, *say("Bye.", "See you.")]},
+         {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
+
+
+def test_conversations_are_read_from_a_file_or_a_download(tmp_path):
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS)
+    for name in ("mine.jsonl", "dolly.jsonl"):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    read = chapter2.open_conversations(str(tmp_path / "mine.jsonl"), tmp_path / "downloads")
+    assert [messages[-1]["content"] for messages in read] == ["A small model.", "La \u2028 la.", "See you.", "a", "ä"]
+    assert [message["role"] for message in read[2]] == ["system", "user", "assistant"]
+    assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
+    assert chapter2.open_conversations("dolly", tmp_path) == read
+    (tmp_path / "empty").touch()
+    for name in ("empty", "missing"):
+        with pytest.raises((CourseError, OSError), match=name):
+            chapter2.open_conversations(str(tmp_path / name), tmp_path)
+
+
+@pytest.mark.parametrize("bad", [
+    "not json", b"\xff", [1, 2], {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
+    {"messages": say("x", "y", roles=("robot", "assistant"))}, {"messages": say("x", "y", roles=("user", "user"))},
+    {"messages": say("x", roles=("system",) * 2)}, {"messages": say(" ", "y")}, {"messages": say(None, "y")}, {"messages": [{"role": "user"}]}])
+def test_a_bad_line_is_named(bad, tmp_path):
+    good = json.dumps(PAIRS[0]).encode()
+    bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()[1 if bad == "not json" else 0:]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good, bad, good]))
+    with pytest.raises(CourseError, match="line 2"):
+        chapter2.open_conversations(str(tmp_path / "mine.jsonl"), tmp_path)

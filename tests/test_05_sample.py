@@ -278,6 +278,17 @@ def test_nobody_can_type_a_special_token(tokenizer):
     assert evil in tokenizer.decode(ids) and tokenizer.decode(specials) == "<|im_start|><|im_end|>"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_chat_tokens_are_added_to_a_foreign_pair(tied, capsys):
+    foreign = chapter1.train_bpe(TEXT * 5, 270, special_tokens=("<|endoftext|>",))
+    model = chapter3.GPT(chapter3.GPTConfig(vocab_size=foreign.vocab_size, layers=1, heads=1, width=8, tied=tied)).eval()
+    grown, with_chat, added = chapter5.with_chat_tokens(model, foreign)
+    ids = torch.tensor([foreign.encode(TEXT[1])])
+    assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model(ids), atol=1e-6) and not grown.training
+    assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not chapter5.with_chat_tokens(grown, with_chat)[2]
+    assert capsys.readouterr().out == "added <|im_start|> and <|im_end|> to the tokenizer and the embeddings\n"
+
+
 @pytest.fixture
 def talk(monkeypatch, tokenizer):
     """Return a function that chats by lines; the model says "yes", and it returns what that was asked."""
@@ -352,7 +363,7 @@ def edited(folders, path, name, text):
 
 @pytest.mark.parametrize("text, ends", [
     ('{"eos_token_id": 7}', {7}), ('{"eos_token_id": [8, 9]}', {8, 9}), ('{"eos_token_id": null}', set()),
-    ("{}", set()), ("[7]", set()), ('{"eos_token_id": [[8], "x", 9]}', {9}), (None, {"<|endoftext|>"}),
+    ("{}", set()), (None, {"<|endoftext|>"}),
 ])
 def test_ends_of_a_folder(folders, tmp_path, tokenizer, text, ends):
     path = edited(folders, tmp_path / "copy", "generation_config.json", text)

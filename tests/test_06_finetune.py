@@ -405,10 +405,6 @@ def test_very_few_conversations_of_ones_own_are_learnt(count, tune, tmp_path):
 def test_chat_tokens_are_added_to_a_foreign_pair_and_learnt(rank, tied, tune, tmp_path):
     foreign = chapter1.train_bpe(["Who are you? A small model. user assistant"] * 5, 280, special_tokens=("<|endoftext|>",))
     model = tiny_model(foreign.vocab_size, tied=tied).eval()
-    grown, with_chat, added = chapter6.with_chat_tokens(model, foreign)
-    ids = torch.tensor([foreign.encode("Who?")])
-    assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model(ids), atol=1e-6) and not grown.training
-    assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not chapter6.with_chat_tokens(grown, with_chat)[2]
     chapter4.save_folder(model, foreign, tmp_path / "foreign", [0])
     mine = write_lines(tmp_path / "mine.jsonl", PAIRS[:1])
     printed = tune("--init", tmp_path / "foreign", "--conversations", mine, "--lora-rank", rank, "--steps", 40, "--eval-every", 20)
@@ -449,37 +445,15 @@ def test_show_mask_stops_and_a_run_prints_its_table(tune, tmp_path):
 
 
 # ---- Conversations of one's own
-def test_own_conversations_are_read_parted_and_left_out_where_too_long(tmp_path, tokenizer, capsys):
-    rows = [*PAIRS, {"instruction": "q", "context": "more", "response": "a"}, {"instruction": "q", "input": "", "output": "ä"}]
-    read = chapter6.read_conversations(write_lines(tmp_path / "mine.jsonl", rows))
-    assert [messages[-1]["content"] for messages in read] == ["A small model.", "La \u2028 la.", "See you.", "a", "ä"]
-    assert [message["role"] for message in read[2]] == ["system", "user", "assistant"]
-    assert [messages[0]["content"].strip() for messages in read[3:]] == ["q\n\nmore", "q"]
-    rows = [{"messages": say(f"q{number}", f"answer {number}")} for number in range(41)]
-    config = chapter6.Config(conversations=write_lines(tmp_path / "mine.jsonl", rows))
-    learnt, held_out = chapter6.hold_out(chapter6.open_conversations(config))
-    assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(str(row["messages"]) for row in rows)
+def test_own_conversations_are_parted_and_left_out_where_too_long(tokenizer, capsys):
+    conversations = [say(f"q{number}", f"answer {number}") for number in range(41)]
+    learnt, held_out = chapter6.hold_out(conversations)
+    assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(map(str, conversations))
     assert "too few" not in capsys.readouterr().out
     both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])
     assert len(chapter6.encode_fitting(both, tokenizer, length - 1)) == 1 and "left out" in capsys.readouterr().out
     with pytest.raises(CourseError):
         chapter6.encode_fitting(both, tokenizer, length - 2)
-    (tmp_path / "empty").touch()
-    for name in ("empty", "missing"):
-        with pytest.raises((CourseError, OSError), match=name):
-            chapter6.open_conversations(chapter6.Config(conversations=str(tmp_path / name)))
-
-
-@pytest.mark.parametrize("bad", [
-    "not json", b"\xff", [1, 2], {"instruction": "q"}, {"instruction": "q", "output": ""}, {"messages": []}, {"messages": say("x")},
-    {"messages": say("x", "y", roles=("robot", "assistant"))}, {"messages": say("x", "y", roles=("user", "user"))},
-    {"messages": say("x", roles=("system",) * 2)}, {"messages": say(" ", "y")}, {"messages": say(None, "y")}, {"messages": [{"role": "user"}]}])
-def test_a_bad_line_is_named(bad, tmp_path):
-    good = json.dumps(PAIRS[0]).encode()
-    bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()[1 if bad == "not json" else 0:]
-    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good, bad, good]))
-    with pytest.raises(CourseError, match="line 2"):
-        chapter6.read_conversations(tmp_path / "mine.jsonl")
 
 
 # ---- Counting
