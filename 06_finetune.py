@@ -119,7 +119,7 @@ number    | N * X                     | the product of N and X
 number    | max(N, X)                 | the {larger|greater|bigger|maximum} of N and X
 number    | min(N, X)                 | the {smaller|lesser|minimum} of N and X
 number    | abs(N - X)                | the {distance|absolute difference} {between|of} N and X
-number    | N % K                     | the remainder {of N divided by K|when N is divided by K}
+number    | N % S                     | the remainder {of N divided by S|when N is divided by S}
 number*   | N + W                     | {N plus W|N increased by W}
 number*   | N - W                     | {N minus W|N decreased by W}
 number*   | N * W                     | {N times W|N multiplied by W}
@@ -137,7 +137,7 @@ property  | item % 2 == 0             | even
 property  | item % 2 == 1             | odd
 property  | item > 0                  | positive
 property  | item < 0                  | negative
-property  | item % K == 0             | divisible by K
+property  | item % S == 0             | divisible by S
 property  | item > K                  | {greater|larger|more} than K
 property  | item < K                  | {less|smaller} than K
 property  | item >= K                 | at least K
@@ -152,18 +152,18 @@ question  | C in T                    | whether T {contains|has} C
 condition | N if Q else M             | N if Q, {otherwise|else} M
 list      | sorted(Y)                 | the sorted {items|elements} of Y
 list      | Y[::-1]                   | the reversed {items|elements} of Y
-list      | Y[:K]                     | the first K {items|elements} {of|in} Y
-list      | Y[-K:]                    | the last K {items|elements} {of|in} Y
+list      | Y[:S]                     | the first S {items|elements} {of|in} Y
+list      | Y[-S:]                    | the last S {items|elements} {of|in} Y
 list*     | [item for item in L if P] | {the|all} {items|elements} {of|in} L that are P
-list*     | [item * K for item in L]  | {each|every} {item|element} {of|in} L times K
-list*     | [item + K for item in L]  | {each|every} {item|element} {of|in} L plus K
+list*     | [item * S for item in L]  | {each|every} {item|element} {of|in} L times S
+list*     | [item + S for item in L]  | {each|every} {item|element} {of|in} L plus S
 list      | [item ** 2 for item in Y] | the squares of {the|all} {items|elements} {of|in} Y
 text      | Z.upper()                 | the upper case of Z
 text      | Z.lower()                 | the lower case of Z
 text      | Z[::-1]                   | the reverse of Z
-text      | Z[:K]                     | the first K {characters|letters} {of|in} Z
-text      | Z[-K:]                    | the last K {characters|letters} {of|in} Z
-text*     | Z * K                     | K copies of Z
+text      | Z[:S]                     | the first S {characters|letters} {of|in} Z
+text      | Z[-S:]                    | the last S {characters|letters} {of|in} Z
+text*     | Z * S                     | S copies of Z
 text*     | T + Z                     | {T followed by Z|T joined with Z}
 loop | for item in L:/    total += item ** 2 | the sum of the squares of the items {of|in} L
 loop | for item in L:/    if P:/        total += 1 | how many {items|elements} {of|in} L are P
@@ -192,12 +192,13 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-SLOTS = {  # what fills a slot: another line of this kind, a constant, or else a parameter
-    #     kind, share of other lines, of constants
-    "N": ("number", 0, 0), "M": ("number", 0, 0), "K": ("number", 0, 0.8),
-    "X": ("number", 0.8, 0), "W": ("number", 0.4, 0.4),
-    "L": ("list", 0, 0), "Y": ("list", 0.8, 0), "T": ("text", 0, 0), "Z": ("text", 0.8, 0),
-    "C": ("letter", 0, 1), "P": ("property", 1, 0), "Q": ("question", 1, 0)}
+Slot = namedtuple("Slot", "kind of_lines of_constants constants", defaults=(0, 0, ()))
+SLOTS = {  # what fills it: another line of its kind (how often), a constant (how often), a parameter
+    "N": Slot("number"), "M": Slot("number"), "X": Slot("number", 0.8),
+    "K": Slot("number", 0, 0.8, range(101)), "S": Slot("number", 0, 0.8, range(2, 11)),
+    "W": Slot("number", 0.4, 0.4, range(101)), "C": Slot("letter", 0, 1, string.ascii_lowercase),
+    "L": Slot("list"), "Y": Slot("list", 0.8), "T": Slot("text"), "Z": Slot("text", 0.8),
+    "P": Slot("property", 1), "Q": Slot("question", 1)}
 SLOT = rf"\b[{''.join(SLOTS)}]\b"
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
@@ -222,21 +223,8 @@ def vary(text, chooser):
 
 
 def fill(text, values):
-    """Put values for the slots of a text.
-
-    >>> fill("max(N, X)", {"N": "x", "X": "y"})
-    'max(x, y)'
-    """
+    """Put values for the slots of a text: "max(N, X)" and {"N": "x", "X": "y"} give "max(x, y)"."""
     return re.sub(SLOT, lambda found: values[found[0]], text)
-
-
-def draw_constant(slot, code, chooser):
-    """Return a letter for C, else a number: 2 to 10 beside a bracket, % or Z, else 0 to 100."""
-    if slot == "C":
-        return repr(chooser.choice(string.ascii_lowercase))
-    if re.search(r"\[|%|Z", code):
-        return str(chooser.randrange(2, 11))
-    return str(chooser.randrange(101))
 
 
 def compose(entry, task, names, chooser):
@@ -251,7 +239,7 @@ def compose(entry, task, names, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        kind, of_lines, of_constants = SLOTS[slot]
+        kind, of_lines, of_constants, constants = SLOTS[slot]
         draw = chooser.random()
         if draw < of_lines and (slot in "PQ" or len(task.parts) == 1):         # two are enough
             others = [other for other in ENTRIES if other.kind == kind]
@@ -267,7 +255,7 @@ def compose(entry, task, names, chooser):
             codes[slot] = code
             texts[slot] = text.removeprefix("whether ")
         elif draw > 1 - of_constants:
-            codes[slot] = texts[slot] = draw_constant(slot, entry.code, chooser)
+            codes[slot] = texts[slot] = repr(chooser.choice(constants))
             task.constants.append((entry.code, codes[slot]))
         else:
             codes[slot] = texts[slot] = names.pop()

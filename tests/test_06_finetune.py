@@ -176,13 +176,11 @@ def drawn():
 
 
 def test_every_reference_passes(drawn):
-    """Of every entry, every pair, and some hundred besides; quickly, and on ten cases at least."""
+    """Of every entry, every pair, and some hundred besides, on ten cases at least."""
     some = [*{tuple(task.parts): task for task in drawn}.values(), *drawn[:200]]
     assert {task.parts[0] for task in some} == {entry.code for entry in chapter6.ENTRIES if entry.kind != "property"}
     assert len(some) > 450
-    start = time.monotonic()
     assert set(verdicts_of(some, [task.source for task in some])) == {"pass"}
-    assert time.monotonic() - start < len(some) / 60           # 600 in ten seconds on a busy machine
     for task in some[::3]:
         results = results_of(task, task.source, chapter6.draw_arguments(task))
         assert len(results) - results.count(None) >= 10, task.source
@@ -306,7 +304,7 @@ def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer)
     x, y, documents = chapter6.fill_up([columns], len(columns) + 2, 7)[0].tolist()
     assert x[-2:] == [7, 7] and y[-2:] == [IGNORED] * 2 and documents[-3:] == [3, -1, -1]
     given = examples(tokenizer, 30)
-    sequences, found = chapter6.pack(given, 100, 7, "seed"), []
+    sequences, found = chapter6.pack(given, 100, 7), []
     for x, y, documents in sequences.tolist():
         for number in sorted({*documents} - {-1}):
             positions = [i for i, document in enumerate(documents) if document == number]
@@ -314,17 +312,12 @@ def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer)
             found.append([(x[i], y[i], 0) for i in positions])
     assert sorted(found) == sorted(chapter6.columns_of(*example) for example in given)     # each once, none cut
     assert sequences.shape[1:] == (3, 100) and len(sequences) <= len(given) / 2
-    forwards, jumping = (chapter6.packed_batches(given, 2, 100, 0, 5) for _ in range(2))
-    seen = [forwards(step) for step in range(12)]              # a batch is a function of its step
-    for step in (11, 3, 0):
-        assert all(torch.equal(a, b) and a.shape == (2, 100) for a, b in zip(jumping(step), seen[step], strict=True))
-    assert chapter6.packed_batches(given[:1], 4, 100, 0, 5)(3)[0].unique(dim=0).shape == (1, 100)      # as often as needed
 
 
 def test_packed_equals_one_conversation_a_sequence(tokenizer):
     """The sum of losses and its gradients, to the rounding of float32; without targets, 0 and no nan."""
     given, results = examples(tokenizer, 9), []
-    packed = chapter6.pack(given, 100, 7, 0)
+    packed = chapter6.pack(given, 100, 7)
     alone = chapter6.fill_up([chapter6.columns_of(*example) for example in given], 100, 7)
     for sequences in (packed, alone, chapter6.fill_up([chapter6.columns_of([1, 2, 3], [False] * 3)], 100, 7)):
         model = tiny_model(tokenizer.vocab_size)
