@@ -17,19 +17,15 @@ Source: the flat file of tokens is nanoGPT's idea; the fixed order of the sequen
 """
 import hashlib
 import json
-import os
 import re
 import shlex
-import signal
 import sys
 import unicodedata
 import urllib.request
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module  # `import 01_tokenizer` is a syntax error
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -84,29 +80,12 @@ def clean(documents, changed, dropped):
 
 # ---- Encoding ------------------------------------------------------------------------------------
 SPLITS = ("train", "val", "test")
-load_once = lru_cache(Tokenizer.load)  # each process opens the tokenizer once
 
 
-def encode(tokenizer_folder, document):
-    """Return the ids of a (split, text)."""
-    _, text = document
-    return load_once(tokenizer_folder).encode(text)
-
-
-def encode_all(documents, tokenizer_folder, workers):
-    """Yield ((split, text), ids) of all documents, in order; several processes encode."""
-    documents = iter(documents)
-    quiet = (signal.SIGINT, signal.SIG_IGN)                    # the main process answers Ctrl-C
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=quiet) as pool:
-        while wave := list(islice(documents, 1000)):           # so that few texts wait in memory
-            yield from zip(wave, pool.map(partial(encode, tokenizer_folder), wave, chunksize=8))
-
-
-def write_tokens(documents, tokenizer_folder, folder, workers):
+def write_tokens(documents, tokenizer, folder):
     """Write {split}.bin, flat files of token ids, and meta.json, which describes them. The last is
     removed first and written last: where it stands, the files are whole. Returns
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
-    tokenizer = Tokenizer.load(tokenizer_folder)
     # By this separator, the model learns where a text ends: the next has nothing to do with it.
     end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
@@ -115,8 +94,8 @@ def write_tokens(documents, tokenizer_folder, folder, workers):
     (folder / "meta.json").unlink(missing_ok=True)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
-    for (split, text), ids in encode_all(documents, tokenizer_folder, workers):
-        ids.append(end)
+    for split, text in documents:
+        ids = [*tokenizer.encode(text), end]
         files[split].write(np.array(ids, dtype))
         totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))
         show_progress(files["train"].tell())
@@ -230,7 +209,6 @@ class Config:
     source: list[str] = field(default_factory=list)  # a download, files (default: as chapter 1)
     tokenizer: str = ""  # folder with a tokenizer to use, say GPT-2's (default: chapter 1's)
     out: str = "out"  # root folder of the course
-    workers: int = os.cpu_count() or 1  # processes that encode; the result does not depend on it
 
 
 def choose_source(config):
@@ -263,14 +241,14 @@ def main(config):
     # Split before cleaning, as chapter 1 did: so both hold out the same texts.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
     cleaned = clean(documents, changed, dropped)
-    totals = write_tokens(cleaned, out / "tokenizer", folder, max(1, config.workers))
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    totals = write_tokens(cleaned, tokenizer, folder)
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
         print("{:5} {documents:9,} documents {tokens:13,} tokens {bytes:14,} bytes"
               .format(split, **n))
 
     tokens, _ = open_tokens(folder, "train")
-    tokenizer = Tokenizer.load(out / "tokenizer")
     show_batch(tokens, tokenizer)
     draw_statistics(tokens, tokenizer, folder / "statistics.png")
     print(f"saved {folder}; next: {chapter1.command('03_model.py', config)}")

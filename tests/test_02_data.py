@@ -42,8 +42,8 @@ def root(tokenizer, tmp_path):
     return tmp_path
 
 
-def encode(documents, out, workers=1):
-    return chapter2.write_tokens(documents, out / "tokenizer", out / "data", workers)
+def encode(documents, out):
+    return chapter2.write_tokens(documents, chapter1.Tokenizer.load(out / "tokenizer"), out / "data")
 
 
 def files_in(folder):
@@ -51,7 +51,7 @@ def files_in(folder):
 
 
 def main(root, *source, **settings):
-    chapter2.main(chapter2.Config(source=list(map(str, source)), out=str(root), workers=0, **settings))    # 0 is 1
+    chapter2.main(chapter2.Config(source=list(map(str, source)), out=str(root), **settings))
 
 
 def test_doctests():
@@ -104,14 +104,6 @@ def test_files_hold_the_documents_in_order_each_with_an_end(root, tokenizer):
     assert chapter2.open_tokens(root / "data", "train")[0].tolist().count(end) == 1
 
 
-def test_the_files_are_the_same_for_any_number_of_workers(root):
-    written = []
-    for workers in (1, 2, 3):
-        encode(chapter1.split_documents(make_texts(1100, words=20)), root, workers)    # more than wait at once
-        written.append(files_in(root / "data"))
-    assert written[0] == written[1] == written[2] and len(written[0]["train.bin"]) > 10_000
-
-
 @pytest.mark.parametrize("end, dtype", [(2**16 - 1, "uint16"), (2**16, "uint32")])
 def test_large_vocabularies_get_wider_integers(tokenizer, tmp_path, end, dtype):
     data = {**tokenizer.data, "added_tokens": [chapter1.special_json(END_OF_TEXT, end)]}
@@ -134,14 +126,6 @@ def test_an_encoding_that_dies_leaves_no_meta_json(root):
             encode(documents, root)
         with pytest.raises(CourseError, match="02_data.py"):
             chapter2.open_tokens(root / "data", "train")
-
-
-def test_an_error_in_a_worker_ends_the_run_and_does_not_hang(tokenizer, tmp_path):
-    vocab = {token: i for token, i in tokenizer.data["model"]["vocab"].items() if token != "z" and i < 256}
-    chapter1.Tokenizer({**tokenizer.data, "model": {"vocab": vocab, "merges": []}}).save(tmp_path / "tokenizer")
-    with pytest.raises(KeyError):                              # no token for the byte of z
-        encode([("train", f"z {i} " + "some words " * 1000) for i in range(40)], tmp_path, workers=2)
-    assert not (tmp_path / "data" / "meta.json").exists()
 
 
 @pytest.mark.parametrize("name, content", [
@@ -263,10 +247,10 @@ def test_bad_input(root, tokenizer):
     assert files_in(root / "tokenizer") == before
     with pytest.raises(CourseError, match="01_tokenizer.py"):
         main(root / "new")
-    words = [sys.executable, str(ROOT / "02_data.py"), "--out", str(root), "--source", str(root / "short.txt"), "--workers"]
-    short, negative = [subprocess.run([*words, workers], capture_output=True, text=True) for workers in ("1", "-1")]
+    words = [sys.executable, str(ROOT / "02_data.py"), "--out", str(root), "--source", str(root / "short.txt")]
+    short, unknown = [subprocess.run([*words, *more], capture_output=True, text=True) for more in ([], ["--nonsense"])]
     assert short.returncode == 1 and len(short.stderr.splitlines()) == 1 and short.stderr.startswith("error: ")
-    assert negative.returncode == 2 and not (root / "data" / "meta.json").exists()
+    assert unknown.returncode == 2 and not (root / "data" / "meta.json").exists()
 
 
 # ---- Downloads

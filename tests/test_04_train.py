@@ -115,7 +115,7 @@ def course(tmp_path_factory):
             f"def scale_{number}(value):\n    return value * {number}\n\n\nclass Box{number}:\n    pass\n" * 3,
             encoding="utf-8")
     chapter1.main(chapter1.Config(source=[str(root / "corpus")], vocab_size=300, out=str(root / "out")))
-    chapter2.main(chapter2.Config(out=str(root / "out"), workers=1))
+    chapter2.main(chapter2.Config(out=str(root / "out")))
     return root / "out"
 
 

@@ -51,7 +51,7 @@ def course(tmp_path_factory):
                 f"    def open(self, key={number}):\n        return self.{'abc'[number % 3]} + key\n")
         (corpus / f"module_{number}.py").write_text(text * 3, encoding="utf-8")
     steps = {"01_tokenizer.py": ["--source", corpus, "--vocab-size", 600],
-             "02_data.py": ["--workers", 1],
+             "02_data.py": [],
              "03_model.py": [],
              "04_train.py": ["--steps", 40, "--context", 256, "--layers", 2, "--width", 64, "--heads", 2, *TINY],
              "05_sample.py": ["--max-tokens", 20, "--prompt", "def "],

@@ -1,8 +1,8 @@
 """How fast a corpus becomes a file of tokens, and in how much memory: chapter 2 beside two Rust libraries.
 
-All use the same tokenizer (trained here) and the same number of processes or threads, start from a list
-of texts and end with a file of uint16; the files must be equal. Each run is a process of its own. The
-second table encodes a text made here, document by document from a file, with its peak memory.
+All use the same tokenizer (trained here), start from a list of texts and end with a file
+of uint16; the files must be equal. Ours is one process, the peers get so many threads. Each run is a
+process of its own. The second table encodes a text made here, document by document from a file, with its peak memory.
 
 Run:    python tests/benchmarks/bench_encoding.py [--megabytes 10] [--source python] [--memory-megabytes 100]
 Peers:  pip install tokenizers tiktoken; the ones that are not installed are left out.
@@ -51,10 +51,10 @@ def read(source, megabytes):
     return texts
 
 
-def encode_ours(texts, folder, threads):
+def encode_ours(texts, folder):
     """Encode by chapter 2 to folder/data/train.bin."""
     with redirect_stdout(sys.stderr):
-        chapter2.write_tokens((("train", text) for text in texts), folder / "tokenizer", folder / "data", threads)
+        chapter2.write_tokens((("train", text) for text in texts), chapter1.Tokenizer.load(folder / "tokenizer"), folder / "data")
     return folder / "data" / "train.bin"
 
 
@@ -88,11 +88,11 @@ def child(kind, name, threads, folder, source, megabytes):
     if kind == "memory":
         start = time.time()
         with redirect_stdout(sys.stderr):
-            chapter2.main(chapter2.Config(source=[source], out=str(folder), workers=threads))
+            chapter2.main(chapter2.Config(source=[source], out=str(folder)))
         seconds, size, digest = time.time() - start, Path(source).stat().st_size, ""
     else:
         texts = read(source, float(megabytes))
-        encode = (lambda: encode_ours(texts, folder, threads)) if name == "ours" else encode_peer(name, texts, folder, threads)
+        encode = (lambda: encode_ours(texts, folder)) if name == "ours" else encode_peer(name, texts, folder, threads)
         start = time.time()
         path = encode()
         seconds, size = time.time() - start, sum(len(text.encode()) for text in texts)
@@ -136,12 +136,9 @@ def main():
                 print(f"{name:14}{threads:8}{result['seconds']:9.2f}{result['bytes'] / result['seconds'] / 1e6:8.2f}{ratio:13.2f}{same}")
         text = folder / "text.txt"
         make_text(text, flags.memory_megabytes)
-        print(f"\n02_data.py on a file of {text.stat().st_size / 1e6:,.0f} MB\n{'':14}{'workers':>8}{'seconds':>9}{'MB/s':>8}"
-              f"{'peak MB':>10}{'of a worker':>13}")
-        for threads in flags.threads:
-            result = measure("memory", "ours", threads, folder, text, 0, threads=threads)
-            own, worker = (f"{peak:.0f}" if peak else "-" for peak in result["peak"])
-            print(f"{'ours':14}{threads:8}{result['seconds']:9.2f}{result['bytes'] / result['seconds'] / 1e6:8.2f}{own:>10}{worker:>13}")
+        print(f"\n02_data.py on a file of {text.stat().st_size / 1e6:,.0f} MB")
+        result = measure("memory", "ours", 1, folder, text, 0, threads=1)
+        print(f"{result['seconds']:.2f} s, {result['bytes'] / result['seconds'] / 1e6:.2f} MB/s, peak {result['peak'][0]:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -558,7 +558,7 @@ def run_checks(machine, seconds):
 # ---- The course from end to end
 COURSE = {  # script: its flags in a tiny run; by default it runs without any
     "01_tokenizer.py": ["--source", str(Path(encodings.__file__).parent), "--vocab-size", "600"],
-    "02_data.py": ["--workers", "1"],
+    "02_data.py": [],
     "03_model.py": [],
     "04_train.py": ["--steps", "20", "--layers", "1", "--width", "32", "--heads", "2", "--batch-tokens", "512",
                     "--eval-every", "10"],
