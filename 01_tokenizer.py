@@ -125,20 +125,19 @@ def pop_commonest(queue, counts):
 
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
-    # 1. All chunks in one list. times[i]: how often the chunk at position i occurs in the text.
-    ids, times = [GAP], [0]
-    for chunk, n in chunks.items():
-        piece = [*chunk.encode(), GAP]
-        ids += piece
-        times += [n] * len(piece)
-
-    # 2. Count the pairs once, and note where they stand.
+    # 1. Lay the chunks side by side, count their pairs, and note where these stand.
+    ids = [GAP]
+    times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what is still to be added to counts}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
-    for i, pair in enumerate(zip(ids, ids[1:])):
-        changes[pair] += times[i]
-        positions[pair].append(i)
+    for chunk, n in chunks.items():
+        piece = chunk.encode()
+        for i, pair in enumerate(zip(piece, piece[1:]), start=len(ids)):
+            changes[pair] += n
+            positions[pair].append(i)
+        ids += [*piece, GAP]
+        times += [n] * (len(piece) + 1)
 
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
     queue, merges = [], []
@@ -192,9 +191,7 @@ class Tokenizer:
             self.bytes_of[i] = text.encode()
         self.vocab_size = max(self.bytes_of) + 1
 
-        # {pair of ids: (how early it was learnt, the id that it becomes)}
-        self._merges = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
-                        for rank, (a, b) in enumerate(self.merges)}
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         # A text is cut by each pattern; what one leaves between its matches is a chunk too.
         self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+")
                       for cut in read_patterns(data["pre_tokenizer"])]
@@ -205,11 +202,11 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        ids = [self.tokens[bytes([byte])] for byte in whole]
-        while known := self._merges.keys() & zip(ids, ids[1:]):    # the pairs that have a merge
-            pair = min(known, key=self._merges.get)                # the one learnt first
-            ids = merge(ids, pair, self._merges[pair][1])
-        return ids
+        parts = [whole[i:i + 1] for i in range(len(whole))]
+        while known := self._ranks.keys() & zip(parts, parts[1:]):     # the pairs that have a merge
+            left, right = min(known, key=self._ranks.get)              # the one learnt first
+            parts = merge(parts, (left, right), left + right)
+        return [self.tokens[part] for part in parts]
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
