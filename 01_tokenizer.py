@@ -38,8 +38,7 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
 #   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
-# CourseError, run, command, *_json, read_source and read_tokens, _first, _patterns are tools: they
-# stand at the file's end.
+# Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
 # "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
@@ -79,10 +78,9 @@ def merge(ids, pair, new):
 
 
 def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest, which shortens the text most, and repeat. Return the
-    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of pairs equally common the
-    one of the lowest ids wins: without such a rule, the same texts in another order would make
-    another tokenizer, whose ids mean nothing to a model trained with this one.
+    """Count all pairs, merge the commonest, which shortens the text most, and repeat; return the
+    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of equally common pairs the
+    one of the lowest ids wins, else the order of the texts would change the ids.
 
     >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
     [(108, 111), (256, 119)]
@@ -183,18 +181,15 @@ class Tokenizer:
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
         self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
-        ends = [text for text in self.special_tokens if regex.search("end|eos|</s>", text)]
-        self.end = ends[0] if ends else None
-        self.first = read_first(data, self.special_tokens)
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         for text, i in self.special_tokens.items():
             self.bytes_of[i] = text.encode()
         self.vocab_size = max(self.bytes_of) + 1
-
+        ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
+        self.end = next(ends, None)
+        self.first = read_first(data, self.special_tokens)
+        self._patterns = read_patterns(data["pre_tokenizer"])
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        # A text is cut by each pattern; what one leaves between its matches is a chunk too.
-        self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+")
-                      for cut in read_patterns(data["pre_tokenizer"])]
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
@@ -214,8 +209,8 @@ class Tokenizer:
         if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
             text = unicodedata.normalize(normalizer["type"], text)
         chunks = [text]
-        for cut in self._cuts:
-            chunks = chain.from_iterable(map(cut.findall, chunks))
+        for pattern in self._patterns:                     # each cuts what the last one has left
+            chunks = chain.from_iterable(map(pattern.findall, chunks))
         return list(chain.from_iterable(map(self._ids_of, chunks)))
 
     def decode_bytes(self, ids):
@@ -295,8 +290,8 @@ def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
           f"{len(tokenizer.special_tokens)} special tokens")
-    first = range(256, 256 + len(tokenizer.merges))[:12]
-    print("first merges:  ", *[repr(tokenizer.decode([i])) for i in first])
+    first = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
+    print("first merges:  ", *map(repr, first))
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
     print(f"a sample, token by token:\n{show_tokens(pieces)}")
@@ -468,9 +463,9 @@ def from_anywhere(source):
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
 # JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
 # others, in order, by the letters from number 256 on. A space is "Ġ".
-PRINTABLE = [byte for byte in range(33, 256) if chr(byte).isprintable()]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), PRINTABLE + OTHERS))
+OTHERS = [*range(33), *range(127, 161), 173]
+BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in OTHERS}
+BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(OTHERS)})
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -488,10 +483,11 @@ def special_json(text, i):
 def tokenizer_json(pairs, pattern, special_tokens):
     """Return what tokenizer.json holds for 256 bytes, merged `pairs` of ids and special tokens."""
     spelled = sorted(BYTE_OF, key=BYTE_OF.get)             # of the bytes 0, 1, 2...
+    merges = []
     for left, right in pairs:
+        merges.append([spelled[left], spelled[right]])
         spelled.append(spelled[left] + spelled[right])
     vocab = {token: i for i, token in enumerate(spelled)}
-    merges = [[spelled[left], spelled[right]] for left, right in pairs]
     added = [special_json(text, len(spelled) + i) for i, text in enumerate(special_tokens)]
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     spell = {"type": "ByteLevel", "use_regex": False,
@@ -506,13 +502,17 @@ def read_patterns(cutter):
     patterns = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
-            patterns.append(step["pattern"]["Regex"])
+            cut = step["pattern"]["Regex"]
         elif step["type"] == "Digits":                         # SmolLM
-            patterns.append(r"\p{N}")
+            cut = r"\p{N}"
         elif step["type"] != "ByteLevel":
             raise ValueError(f"a {step['type']} step is not supported")
         elif step.get("use_regex", True):
-            patterns.append(GPT2_PATTERN)
+            cut = GPT2_PATTERN
+        else:
+            continue                                           # it only spells
+        # What stands between the matches is a chunk too.
+        patterns.append(regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+"))
     return patterns
 
 
