@@ -112,15 +112,6 @@ def learn_merges_naive(chunks, how_many):
 GAP = -1
 
 
-def pop_commonest(queue, counts):
-    """Take the commonest pair, or None, out of a heap of (-count, pair), the smallest on top."""
-    while queue:
-        priority, pair = heapq.heappop(queue)
-        if priority == -counts[pair]:                      # else the count has changed since then
-            return pair
-    return None
-
-
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
     # 1. Lay the chunks side by side, count their pairs, and note where these stand.
@@ -138,23 +129,27 @@ def learn_merges(chunks, how_many):
         times += [n] * (len(piece) + 1)
 
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
-    queue, merges = [], []
-    for new in range(256, 256 + how_many):
-        # 3. Bring the counts up to date, and choose the commonest pair.
+    queue = []                                   # a heap of (-count, pair): the commonest on top
+    merges = []
+    while len(merges) < how_many:
+        # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
             if counts[pair] > 0 and GAP not in pair:
                 heapq.heappush(queue, (-counts[pair], pair))
-        best = pop_commonest(queue, counts)
-        if best is None:
+        changes.clear()
+        if not queue:
             break
+        priority, best = heapq.heappop(queue)
+        if priority != -counts[best]:
+            continue                             # its count has changed since it was queued
         del counts[best]                         # none of it will be left
-        merges.append(best)
         left, right = best
+        new = 256 + len(merges)
+        merges.append(best)
         size[new] = size[left] + size[right]
 
-        # 4. Merge it wherever it stands; only the pairs beside it change.
-        changes = Counter()
+        # 3. Merge it wherever it stands; only the pairs beside it change.
         for i in positions.pop(best):
             middle = i + size[left]              # where the right one begins
             end = i + size[new]                  # where the next token begins
@@ -209,7 +204,7 @@ class Tokenizer:
         if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
             text = unicodedata.normalize(normalizer["type"], text)
         chunks = [text]
-        for pattern in self._patterns:                     # each cuts what the last one has left
+        for pattern in self._patterns:                     # each cuts the pieces of the one before
             chunks = chain.from_iterable(map(pattern.findall, chunks))
         return list(chain.from_iterable(map(self._ids_of, chunks)))
 
@@ -272,9 +267,9 @@ def split_documents(documents):
         cut = len(text) * 9 // 10
         yield "train", text[:cut]
         yield "val", text[cut:]
-        return
-    for text in chain(first, documents):
-        yield split_of(text), text
+    else:
+        for text in chain(first, documents):
+            yield split_of(text), text
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
