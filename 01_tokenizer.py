@@ -177,8 +177,7 @@ class Tokenizer:
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
         self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
         self.bytes_of = {i: token for token, i in self.tokens.items()}
-        for text, i in self.special_tokens.items():
-            self.bytes_of[i] = text.encode()
+        self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.end = next(ends, None)
@@ -527,11 +526,9 @@ def read_tokens(model, special_tokens):
         raise ValueError("no byte-level BPE, as Llama 2's is not, so it is not supported")
     tokens = {to_bytes(token): i for token, i in model["vocab"].items()
               if token not in special_tokens}
-    merges = []
-    for pair in model["merges"]:
-        left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
-        merges.append((to_bytes(left), to_bytes(right)))
-    return tokens, merges
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair        # "a b" is older
+             for pair in model["merges"]]
+    return tokens, [(to_bytes(left), to_bytes(right)) for left, right in pairs]
 
 
 if __name__ == "__main__":
