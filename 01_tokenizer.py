@@ -41,9 +41,8 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 # Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
-# "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
-# faster: few of the millions of chunks differ, and training looks at equal ones once.
-# \p{L} is a letter, \p{N} a digit, \s white space.
+# "dog?" would be three tokens, and a model would have to learn "dog" three times. It is faster, too:
+# of millions of chunks few differ. \p{L} is a letter, \p{N} a digit, \s white space.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
     r"[^\r\n\p{L}\p{N}]?\p{L}+",    # a word, with one space or sign before it: " the", "_name"
@@ -191,7 +190,7 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        parts = [whole[i:i + 1] for i in range(len(whole))]
+        parts = [whole[i:i + 1] for i in range(len(whole))]            # single bytes
         while known := self._ranks.keys() & zip(parts, parts[1:]):     # the pairs that have a merge
             left, right = min(known, key=self._ranks.get)              # the one learnt first
             parts = merge(parts, (left, right), left + right)
@@ -493,21 +492,18 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 def read_patterns(cutter):
     """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
-    patterns = []
+    cuts = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
-            cut = step["pattern"]["Regex"]
+            cuts.append(step["pattern"]["Regex"])
         elif step["type"] == "Digits":                         # SmolLM
-            cut = r"\p{N}"
+            cuts.append(r"\p{N}")
         elif step["type"] != "ByteLevel":
             raise ValueError(f"a {step['type']} step is not supported")
         elif step.get("use_regex", True):
-            cut = GPT2_PATTERN
-        else:
-            continue                                           # it only spells
-        # What stands between the matches is a chunk too.
-        patterns.append(regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+"))
-    return patterns
+            cuts.append(GPT2_PATTERN)
+    # What a cut leaves between its matches is a chunk too.
+    return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 
 
 def read_first(data, special_tokens):
