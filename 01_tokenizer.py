@@ -285,8 +285,8 @@ def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
           f"{len(tokenizer.special_tokens)} special tokens")
-    first = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
-    print("first merges:  ", *map(repr, first))
+    merged = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
+    print("first merges:  ", *map(repr, merged))
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
     print(f"a sample, token by token:\n{show_tokens(pieces)}")
@@ -414,9 +414,9 @@ def find_files(name, downloads):
         return sorted(file for file in library.rglob("*.py")
                       if NOT_READ.isdisjoint(file.relative_to(library).parts))
     found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-    files = []
+    files = set()                                  # "notes/**" finds a folder and each file in it
     for path in map(Path, found or [f"{downloads}/{name}.txt"]):
-        files += path.rglob("*") if path.is_dir() else [path]
+        files.update([path, *path.rglob("*")])
     return sorted(file for file in files if file.suffix in KINDS and file.is_file())
 
 
