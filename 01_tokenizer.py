@@ -38,13 +38,11 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
 #   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
-# CourseError, run, command, *_json, read_source and read_tokens, _first, _patterns are tools: they
-# stand at the file's end.
+# Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
-# "dog?" would each become a token, and the model would have to learn "dog" three times. It is also
-# faster: few of the millions of chunks differ, and training looks at equal ones once.
-# \p{L} is a letter, \p{N} a digit, \s white space.
+# "dog?" would be three tokens, and a model would have to learn "dog" three times. It also saves
+# time: of millions of chunks few differ. \p{L} is a letter, \p{N} a digit, \s white space.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
     r"[^\r\n\p{L}\p{N}]?\p{L}+",    # a word, with one space or sign before it: " the", "_name"
@@ -79,10 +77,9 @@ def merge(ids, pair, new):
 
 
 def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest, which shortens the text most, and repeat. Return the
-    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of pairs equally common the
-    one of the lowest ids wins: without such a rule, the same texts in another order would make
-    another tokenizer, whose ids mean nothing to a model trained with this one.
+    """Count all pairs, merge the commonest, which shortens the text most, and repeat; return the
+    merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of equally common pairs the
+    one of the lowest ids wins, else the order of the texts would change the ids.
 
     >>> learn_merges_naive({"low": 2, "lower": 1}, 2)    # l is byte 108, o 111, w 119
     [(108, 111), (256, 119)]
@@ -114,50 +111,44 @@ def learn_merges_naive(chunks, how_many):
 GAP = -1
 
 
-def pop_commonest(queue, counts):
-    """Take the commonest pair, or None, out of a heap of (-count, pair), the smallest on top."""
-    while queue:
-        priority, pair = heapq.heappop(queue)
-        if priority == -counts[pair]:                      # else the count has changed since then
-            return pair
-    return None
-
-
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
-    # 1. All chunks in one list. times[i]: how often the chunk at position i occurs in the text.
-    ids, times = [GAP], [0]
-    for chunk, n in chunks.items():
-        piece = [*chunk.encode(), GAP]
-        ids += piece
-        times += [n] * len(piece)
-
-    # 2. Count the pairs once, and note where they stand.
+    # 1. Lay the chunks side by side, count their pairs, and note where these stand.
+    ids = [GAP]
+    times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what is still to be added to counts}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
-    for i, pair in enumerate(zip(ids, ids[1:])):
-        changes[pair] += times[i]
-        positions[pair].append(i)
+    for chunk, n in chunks.items():
+        piece = chunk.encode()
+        for i, pair in enumerate(zip(piece, piece[1:]), start=len(ids)):
+            changes[pair] += n
+            positions[pair].append(i)
+        ids += [*piece, GAP]
+        times += [n] * (len(piece) + 1)
 
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
-    queue, merges = [], []
-    for new in range(256, 256 + how_many):
-        # 3. Bring the counts up to date, and choose the commonest pair.
+    queue = []                                   # a heap of (-count, pair): the commonest on top
+    merges = []
+    while len(merges) < how_many:
+        # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
             if counts[pair] > 0 and GAP not in pair:
                 heapq.heappush(queue, (-counts[pair], pair))
-        best = pop_commonest(queue, counts)
-        if best is None:
+        changes.clear()
+        if not queue:
             break
+        priority, best = heapq.heappop(queue)
+        if priority != -counts[best]:
+            continue                             # its count has changed since it was queued
         del counts[best]                         # none of it will be left
-        merges.append(best)
         left, right = best
+        new = 256 + len(merges)
+        merges.append(best)
         size[new] = size[left] + size[right]
 
-        # 4. Merge it wherever it stands; only the pairs beside it change.
-        changes = Counter()
+        # 3. Merge it wherever it stands; only the pairs beside it change.
         for i in positions.pop(best):
             middle = i + size[left]              # where the right one begins
             end = i + size[new]                  # where the next token begins
@@ -184,20 +175,16 @@ class Tokenizer:
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
         self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
-        ends = [text for text in self.special_tokens if regex.search("end|eos|</s>", text)]
-        self.end = ends[0] if ends else None
-        self.first = read_first(data, self.special_tokens)
         self.bytes_of = {i: token for token, i in self.tokens.items()}
-        for text, i in self.special_tokens.items():
-            self.bytes_of[i] = text.encode()
+        self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-
+        ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
+        self.end = next(ends, None)
+        self.first = read_first(data, self.special_tokens)
+        self._patterns = read_patterns(data["pre_tokenizer"])
         # {pair of ids: (how early it was learnt, the id that it becomes)}
         self._merges = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
                         for rank, (a, b) in enumerate(self.merges)}
-        # A text is cut by each pattern; what one leaves between its matches is a chunk too.
-        self._cuts = [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+")
-                      for cut in read_patterns(data["pre_tokenizer"])]
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
@@ -217,8 +204,8 @@ class Tokenizer:
         if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
             text = unicodedata.normalize(normalizer["type"], text)
         chunks = [text]
-        for cut in self._cuts:
-            chunks = chain.from_iterable(map(cut.findall, chunks))
+        for pattern in self._patterns:                     # each cuts the pieces of the one before
+            chunks = chain.from_iterable(map(pattern.findall, chunks))
         return list(chain.from_iterable(map(self._ids_of, chunks)))
 
     def decode_bytes(self, ids):
@@ -280,9 +267,9 @@ def split_documents(documents):
         cut = len(text) * 9 // 10
         yield "train", text[:cut]
         yield "val", text[cut:]
-        return
-    for text in chain(first, documents):
-        yield split_of(text), text
+    else:
+        for text in chain(first, documents):
+            yield split_of(text), text
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
@@ -298,8 +285,8 @@ def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
           f"{len(tokenizer.special_tokens)} special tokens")
-    first = range(256, 256 + len(tokenizer.merges))[:12]
-    print("first merges:  ", *[repr(tokenizer.decode([i])) for i in first])
+    merged = [(left + right).decode("utf-8", "replace") for left, right in tokenizer.merges[:12]]
+    print("first merges:  ", *map(repr, merged))
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
     print(f"a sample, token by token:\n{show_tokens(pieces)}")
@@ -427,9 +414,9 @@ def find_files(name, downloads):
         return sorted(file for file in library.rglob("*.py")
                       if NOT_READ.isdisjoint(file.relative_to(library).parts))
     found = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
-    files = []
+    files = set()                                  # "notes/**" finds a folder and each file in it
     for path in map(Path, found or [f"{downloads}/{name}.txt"]):
-        files += path.rglob("*") if path.is_dir() else [path]
+        files.update([path, *path.rglob("*")])
     return sorted(file for file in files if file.suffix in KINDS and file.is_file())
 
 
@@ -471,9 +458,9 @@ def from_anywhere(source):
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
 # JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
 # others, in order, by the letters from number 256 on. A space is "Ġ".
-PRINTABLE = [byte for byte in range(33, 256) if chr(byte).isprintable()]
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTE_OF = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), PRINTABLE + OTHERS))
+OTHERS = [*range(33), *range(127, 161), 173]
+BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in OTHERS}
+BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(OTHERS)})
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -491,10 +478,11 @@ def special_json(text, i):
 def tokenizer_json(pairs, pattern, special_tokens):
     """Return what tokenizer.json holds for 256 bytes, merged `pairs` of ids and special tokens."""
     spelled = sorted(BYTE_OF, key=BYTE_OF.get)             # of the bytes 0, 1, 2...
+    merges = []
     for left, right in pairs:
+        merges.append([spelled[left], spelled[right]])
         spelled.append(spelled[left] + spelled[right])
     vocab = {token: i for i, token in enumerate(spelled)}
-    merges = [[spelled[left], spelled[right]] for left, right in pairs]
     added = [special_json(text, len(spelled) + i) for i, text in enumerate(special_tokens)]
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     spell = {"type": "ByteLevel", "use_regex": False,
@@ -506,17 +494,18 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 def read_patterns(cutter):
     """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
-    patterns = []
+    cuts = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
-            patterns.append(step["pattern"]["Regex"])
+            cuts.append(step["pattern"]["Regex"])
         elif step["type"] == "Digits":                         # SmolLM
-            patterns.append(r"\p{N}")
+            cuts.append(r"\p{N}")
         elif step["type"] != "ByteLevel":
             raise ValueError(f"a {step['type']} step is not supported")
         elif step.get("use_regex", True):
-            patterns.append(GPT2_PATTERN)
-    return patterns
+            cuts.append(GPT2_PATTERN)
+    # What a cut leaves between its matches is a chunk too.
+    return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 
 
 def read_first(data, special_tokens):
@@ -535,11 +524,9 @@ def read_tokens(model, special_tokens):
         raise ValueError("no byte-level BPE, as Llama 2's is not, so it is not supported")
     tokens = {to_bytes(token): i for token, i in model["vocab"].items()
               if token not in special_tokens}
-    merges = []
-    for pair in model["merges"]:
-        left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
-        merges.append((to_bytes(left), to_bytes(right)))
-    return tokens, merges
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair        # "a b" is older
+             for pair in model["merges"]]
+    return tokens, [(to_bytes(left), to_bytes(right)) for left, right in pairs]
 
 
 if __name__ == "__main__":

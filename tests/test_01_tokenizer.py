@@ -211,6 +211,7 @@ def test_files_folders_globs_and_pythons_own_library(tmp_path, capsys):
     assert list(chapter1.read_source([str(folder)])) == ["first", "one\r\n", "two", "three?", "four"]
     assert capsys.readouterr().err.startswith(f"skipped {folder / 'latin.txt'}: from here on, UnicodeDecodeError: ")
     assert list(chapter1.read_source([str(folder / "b.txt"), str(tmp_path / "*" / "a.*")])) == ["one\r\n", "two", "first"]
+    assert list(chapter1.read_source([str(tmp_path / "**")])) == ["first", "one\r\n", "two", "three?", "four"]     # each once
     assert list(chapter1.read_source(["b"], downloads=folder)) == ["one\r\n", "two"]
     library = {file.name for file in chapter1.find_files("python", "")}
     assert len(library) > 300 and "argparse.py" in library and not {"test_argparse.py", "pytest.py", "regex.py"} & library
