@@ -356,23 +356,28 @@ class GPT(nn.Module):
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
-def show_parts(config):
-    """Print the parameters of a model, of its blocks the first only, and what they cost.
+def operations(model):
+    """Return how many operations (FLOP) it takes to train on a token.
 
-    To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
-    the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention has products without weights as well: C for a key's score, C for its value. T / 2 keys
-    are seen on average, so C T more in each block.
+    About 6 a weight: it is multiplied and added on the way forward (2), twice so on the way back,
+    for the gradients of weights and of inputs (4). Attention has products without weights as well:
+    C for a key's score, C for its value. T / 2 keys are seen on average, so C T more in each block.
     """
+    config = model.config
+    scores = config.layers * config.heads * config.head_width * config.context
+    return 6 * (sum(p.numel() for p in model.parameters()) + scores)
+
+
+def show_parts(config):
+    """Print the parameters of a model, of its blocks the first only, and what they cost."""
     with torch.device("meta"):                                     # shapes without numbers
-        parts = dict(GPT(config).named_parameters())
-    for name, part in parts.items():
+        model = GPT(config)
+    for name, part in model.named_parameters():
         if "layers." not in name or ".0." in name:
             print(f"{part.numel():12,}  {name}", list(part.shape))
-    total = sum(part.numel() for part in parts.values())
-    scores = config.layers * config.heads * config.head_width * config.context
+    total = sum(part.numel() for part in model.parameters())
     print(f"{total:,} parameters with all {config.layers} layers, "
-          f"{6 * (total + scores) / 1e6:,.1f} MFLOP to train on a token")
+          f"{operations(model) / 1e6:,.1f} MFLOP to train on a token")
 
 
 def show_causality(config):
