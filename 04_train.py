@@ -8,8 +8,7 @@ weight how the loss would change with it (the gradient), and move the weight a l
     batch -> model -> loss -> backward -> gradients -> clip -> optimizer -> weights -+
       ^------------------------------ the next step ---------------------------------+
 
-Run:    python 04_train.py                    picks device, precision and preset, and says which
-        python 04_train.py --layers 8 --width 128 --norm layernorm     every setting is a flag
+Run:    python 04_train.py --layers 8         every setting is a flag; without, it picks and says
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on the test split: look once
         python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
@@ -156,7 +155,7 @@ def make_optimizers(model, config):
     """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. Norms and biases are not pulled towards zero, all else is: a norm's usual weight is 1.
+    biases. Those alone are not pulled towards zero: a norm's usual weight is 1.
     """
     kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
@@ -224,7 +223,6 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
     batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
     loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint to go on from.
-    Raises CourseError where memory is full or the gradient is no number.
     """
     optimizers = make_optimizers(model.train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -266,8 +264,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            values = torch.cat((losses, norm[None])).tolist()      # in one exchange
-            row = dict(zip([*Objective.COLUMNS, "grad_norm"], values), lr_scale=scale)
+            *losses, norm = torch.cat((losses, norm[None])).tolist()           # in one exchange
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -276,9 +273,10 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             model.zero_grad()
 
             # 6. Log; now and then evaluate and save.
+            row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
             add_row(log, row, model, whole[0].numel(), time.time() - start)
             if scaler.get_scale() <= 1:                            # a larger factor heals itself
-                refuse_nan(row["grad_norm"], log, folder)
+                refuse_nan(norm, log, folder)
             if (step + 1) % config.eval_every == 0 and machine.rank == 0:
                 take_stock(parts, log, config, folder, judge, keep)
             stops = bool(interrupts) or is_over(log, config)
@@ -298,8 +296,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 def surprise(model, machine, sequences, sizes):
     """Return (nats per target, bits per byte) on sequences (N, 2 or 3, T): x, y, documents.
 
-    sizes (V,): the bytes of text that each token stands for. Bits per byte can be compared between
-    tokenizers.
+    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers.
     """
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
@@ -311,15 +308,12 @@ def surprise(model, machine, sequences, sizes):
 
 
 def evaluate(model, machine, tokens, sizes, limit=0):
-    """Return the surprise at `limit` tokens, spread over a split (0: at all of it).
-
-    Raises CourseError if the split is shorter than one sequence.
-    """
+    """Return the surprise at about `limit` tokens, spread over a split (0: at all of it)."""
     T = model.config.context
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context")
-    sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, each (T + 1)
-    every = math.ceil(T * len(sequences) / (limit or len(tokens)))             # about `limit` stay
+    sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, (T + 1) each
+    every = math.ceil(T * len(sequences) / (limit or len(tokens)))
     ids = torch.from_numpy(sequences[::every].astype(np.int64))    # (N, T + 1)
     x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
     return surprise(model, machine, x_and_y, sizes)
@@ -380,8 +374,7 @@ def main(config):
     folder = out / "base"
     if config.compare:
         draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
-        print(f"drew {out}/compare.png")
-        return
+        return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
         print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
@@ -521,13 +514,9 @@ def compile_objective(objective, micro_batch, machine):
 
 
 # ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
-OUT_OF_MEMORY = ("to allocate", "out of memory", "ALLOC_FAILED")  # as CPU, MPS and CUDA put it
-
-
 @contextmanager
 def rescue(at_once):
-    """Yield a list that Ctrl-C adds to, the second time to end at once; if memory is full, advise.
-    """
+    """Yield a list to which Ctrl-C adds (asked twice, it ends all); say what helps full memory."""
     interrupts = []
 
     def interrupt(number, frame):
@@ -539,7 +528,8 @@ def rescue(at_once):
     try:
         yield interrupts
     except RuntimeError as error:
-        if any(words in str(error) for words in OUT_OF_MEMORY):
+        said = str(error).lower()
+        if "alloc" in said or "out of memory" in said:             # as CPU, MPS and CUDA put it
             raise CourseError(f"out of memory: --micro-batch {at_once // 2 or 1} makes the same "
                               "step in more parts; else lower --context") from None
         raise
@@ -547,15 +537,11 @@ def rescue(at_once):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def evals_without_gain(log):
-    """Return how many evaluations there have been after the best one."""
-    losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
-    return losses[::-1].index(min(losses))
-
-
 def is_over(log, config):
-    """Tell whether a run has taken its steps, or has lost its patience."""
-    return len(log) >= config.steps or 0 < config.patience <= evals_without_gain(log)
+    """Tell whether a run has taken its steps, or seen no better model for `patience` evaluations."""
+    losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
+    evals_without_gain = losses[::-1].index(min(losses))
+    return len(log) >= config.steps or 0 < config.patience <= evals_without_gain
 
 
 # A checkpoint holds parts, log and config. Without ... a resumed run would
@@ -572,10 +558,10 @@ def take_stock(parts, log, config, folder, judge, keep):
         loss, bits = judge(model.eval())
     model.train()
     refuse_nan(loss, log, folder)
-    log[-1].update(val_loss=loss, val_bits_per_byte=bits)
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
-    if evals_without_gain(log) == 0:
+    if loss <= min([row.get("val_loss", loss) for row in log]):
         keep(model)
+    log[-1].update(val_loss=loss, val_bits_per_byte=bits)
     states = {name: part.state_dict() for name, part in parts.items()}
     with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
         torch.save({**states, "log": log, "config": asdict(config)}, file)
