@@ -356,28 +356,23 @@ class GPT(nn.Module):
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
-def operations(model):
-    """Return how many operations (FLOP) it takes to train on a token.
-
-    About 6 a weight: it is multiplied and added on the way forward (2), twice so on the way back,
-    for the gradients of weights and of inputs (4). Attention has products without weights as well:
-    C for a key's score, C for its value. T / 2 keys are seen on average, so C T more in each block.
-    """
-    config = model.config
-    scores = config.layers * config.heads * config.head_width * config.context
-    return 6 * (sum(p.numel() for p in model.parameters()) + scores)
-
-
 def show_parts(config):
-    """Print the parameters of a model, of its blocks the first only, and what they cost."""
+    """Print the parameters of a model, of its blocks the first only, and what they cost.
+
+    To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
+    the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
+    Attention has products without weights as well: C for a key's score, C for its value. T / 2 keys
+    are seen on average, so C T more in each block.
+    """
     with torch.device("meta"):                                     # shapes without numbers
-        model = GPT(config)
-    for name, part in model.named_parameters():
+        parts = dict(GPT(config).named_parameters())
+    for name, part in parts.items():
         if "layers." not in name or ".0." in name:
             print(f"{part.numel():12,}  {name}", list(part.shape))
-    total = sum(part.numel() for part in model.parameters())
+    total = sum(part.numel() for part in parts.values())
+    scores = config.layers * config.heads * config.head_width * config.context
     print(f"{total:,} parameters with all {config.layers} layers, "
-          f"{operations(model) / 1e6:,.1f} MFLOP to train on a token")
+          f"{6 * (total + scores) / 1e6:,.1f} MFLOP to train on a token")
 
 
 def show_causality(config):

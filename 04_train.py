@@ -8,7 +8,7 @@ weight how the loss would change with it (the gradient), and move the weight a l
     batch -> model -> loss -> backward -> gradients -> clip -> optimizer -> weights -+
       ^------------------------------ the next step ---------------------------------+
 
-Run:    python 04_train.py --layers 8         every setting is a flag; without, it picks and says
+Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on the test split: look once
         python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
@@ -155,7 +155,7 @@ def make_optimizers(model, config):
     """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. Those alone are not pulled towards zero: a norm's usual weight is 1.
+    biases. These two alone are not pulled towards zero: a norm's usual weight is 1.
     """
     kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
@@ -324,7 +324,7 @@ def draw_curves(logs, path):
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = max([table.dtype.names[3:] for table in tables.values()], key=len)
+    columns = max([table.dtype.names for table in tables.values()], key=len)[3:]
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -417,8 +417,8 @@ def main(config):
         # A sequence may hold the end of a document and the beginning of the next: a position sees
         # both, and learns that nothing before END_OF_TEXT matters any more.
         R = max(1, config.batch_tokens // config.context)
-        x_and_y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
-        return tuple(map(torch.from_numpy, x_and_y))
+        x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def judge(model):
         return evaluate(model, machine, texts["val"], sizes, config.eval_tokens)
@@ -441,7 +441,7 @@ class Machine:
     world: int = 1  # how many they are
 
     def autocast(self):
-        """Return a context in which products run in the chosen precision; weights stay float32."""
+        """Return a context in which products run in the chosen precision; weights stay fp32."""
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -516,7 +516,7 @@ def compile_objective(objective, micro_batch, machine):
 # ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
 @contextmanager
 def rescue(at_once):
-    """Yield a list to which Ctrl-C adds (asked twice, it ends all); say what helps full memory."""
+    """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
     interrupts = []
 
     def interrupt(number, frame):
@@ -538,7 +538,7 @@ def rescue(at_once):
 
 
 def is_over(log, config):
-    """Tell whether a run has taken its steps, or seen no better model for `patience` evaluations."""
+    """Tell whether a run has taken its steps, or made no gain for `patience` evaluations."""
     losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
     evals_without_gain = losses[::-1].index(min(losses))
     return len(log) >= config.steps or 0 < config.patience <= evals_without_gain
@@ -563,6 +563,7 @@ def take_stock(parts, log, config, folder, judge, keep):
         keep(model)
     log[-1].update(val_loss=loss, val_bits_per_byte=bits)
     states = {name: part.state_dict() for name, part in parts.items()}
+    # Opened here, as torch.save would report a full disk by no OSError.
     with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
         torch.save({**states, "log": log, "config": asdict(config)}, file)
     write_log(log, folder)
@@ -585,7 +586,10 @@ def add_row(log, row, model, tokens, seconds):
     row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
            "tokens_per_second": speed}
     if torch.cuda.is_initialized():                                # how busy and how full it is
-        row["tflops"] = chapter3.operations(model) * speed / 1e12
+        shape = model.config                                       # see show_parts in chapter 3
+        scores = shape.layers * shape.heads * shape.head_width * shape.context
+        weights = sum(p.numel() for p in model.parameters())
+        row["tflops"] = 6 * (weights + scores) * speed / 1e12
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     log.append(row)
     if step == 1 or step % 100 == 0:
