@@ -8,8 +8,7 @@ weight how the loss would change with it (the gradient), and move the weight a l
     batch -> model -> loss -> backward -> gradients -> clip -> optimizer -> weights -+
       ^------------------------------ the next step ---------------------------------+
 
-Run:    python 04_train.py                    picks device, precision and preset, and says which
-        python 04_train.py --layers 8 --width 128 --norm layernorm     every setting is a flag
+Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on the test split: look once
         python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
@@ -24,8 +23,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import distributed, nn
 
 chapter1 = import_module("01_tokenizer")
@@ -45,7 +45,7 @@ CourseError = chapter1.CourseError
 #   B  sequences of a micro-batch, R of a step     T  tokens of a sequence     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
 #   held-out      text that is never trained on: val to choose by, test for the very end
-# Machine (device, precision, GPUs) and Run (log, checkpoint, Ctrl-C) are tools, at the file's end.
+# Device, precision and GPUs (Machine), checkpoint, log and Ctrl-C are tools, at the file's end.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt
 
 
@@ -155,7 +155,7 @@ def make_optimizers(model, config):
     """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
 
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. Norms and biases are not pulled towards zero, all else is: a norm's usual weight is 1.
+    biases. These two alone are not pulled towards zero: a norm's usual weight is 1.
     """
     kind = OPTIMIZERS[config.optimizer]
     matrices, tables, vectors = [], [], []
@@ -168,7 +168,7 @@ def make_optimizers(model, config):
             tables.append(p)
     groups = [{"params": tables, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)}
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
     if matrices:
         optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
     return optimizers
@@ -223,24 +223,22 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 
     batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
     loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint to go on from.
-    Raises CourseError where memory is full or the gradient is no number.
     """
     optimizers = make_optimizers(model.train(), config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    first = next(machine.split(batch(0), config.micro_batch))      # a micro-batch to compile with
     parts = {"model": model, "scaler": scaler, **optimizers}
-    with Run(folder, parts, config, at_once=len(first[0])) as run:
-        if saved:
-            run.restore(saved)
+    first = next(machine.split(batch(0), config.micro_batch))      # a micro-batch to compile with
+    with rescue(len(first[0])) as interrupts:
+        log = restore(parts, saved, config) if saved else []       # a row for each step
         objective = compile_objective(Objective(model), first, machine)
-        for step in range(len(run.log), config.steps):             # the log has a row for each step
+        for step in range(len(log), config.steps):
             start = time.time()
 
             # 1. Learning rates and dropout's random numbers follow from the step: nothing to save.
             scale = lr_scale(step, config)
-            for name, optimizer in optimizers.items():
+            for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = scale * (config.lr if name == "adamw" else config.matrix_lr)
+                    group["lr"] = scale * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. The gradients of all micro-batches add up to that of the whole step. Each loss is a
@@ -275,17 +273,22 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             model.zero_grad()
 
             # 6. Log; now and then evaluate and save.
-            run.log_step(losses, norm, scale, whole[0].numel(), time.time() - start)
+            row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
+            add_row(log, row, model, whole[0].numel(), time.time() - start)
             if scaler.get_scale() <= 1:                            # a larger factor heals itself
-                run.refuse_nan(norm)
+                refuse_nan(norm, log, folder)
             if (step + 1) % config.eval_every == 0 and machine.rank == 0:
-                run.take_stock(judge, keep)
-            if machine.total(torch.tensor(float(run.is_stopping()))) > 0:      # of any process
+                take_stock(parts, log, config, folder, judge, keep)
+            stops = bool(interrupts) or is_over(log, config)
+            if machine.total(torch.tensor(float(stops))) > 0:      # of any process
                 break
-        if machine.rank == 0 and "val_loss" not in run.log[-1]:
-            run.take_stock(judge, keep)
+        if machine.rank == 0 and "val_loss" not in log[-1]:
+            take_stock(parts, log, config, folder, judge, keep)
         machine.total(torch.zeros(1))                              # nobody leaves before rank 0
-    return run.log
+    if interrupts and len(log) < config.steps:
+        print(f"stopped after step {len(log)} and saved: --resume goes on")
+        sys.exit(130)
+    return log
 
 
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
@@ -293,8 +296,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 def surprise(model, machine, sequences, sizes):
     """Return (nats per target, bits per byte) on sequences (N, 2 or 3, T): x, y, documents.
 
-    sizes (V,): the bytes of text that each token stands for. Bits per byte can be compared between
-    tokenizers.
+    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers.
     """
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
@@ -306,17 +308,13 @@ def surprise(model, machine, sequences, sizes):
 
 
 def evaluate(model, machine, tokens, sizes, limit=0):
-    """Return the surprise at `limit` tokens, spread over a split (0: at all of it).
-
-    Raises CourseError if the split is shorter than one sequence.
-    """
+    """Return the surprise at about `limit` tokens, spread over a split (0: at all of it)."""
     T = model.config.context
-    starts = np.arange(0, len(tokens) - T, T)                      # of all sequences
-    if not len(starts):
+    if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context")
-    every = math.ceil(T * len(starts) / (limit or len(tokens)))    # so that about `limit` are left
-    positions = starts[::every, None] + np.arange(T + 1)           # (N, 1) + (T + 1) -> (N, T + 1)
-    ids = torch.from_numpy(tokens[positions].astype(np.int64))
+    sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, (T + 1) each
+    every = math.ceil(T * len(sequences) / (limit or len(tokens)))
+    ids = torch.from_numpy(sequences[::every].astype(np.int64))    # (N, T + 1)
     x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
     return surprise(model, machine, x_and_y, sizes)
 
@@ -326,7 +324,7 @@ def draw_curves(logs, path):
     tables = {}
     for name, file in logs.items():
         tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = max([table.dtype.names[3:] for table in tables.values()], key=len)
+    columns = max([table.dtype.names for table in tables.values()], key=len)[3:]
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
@@ -362,7 +360,7 @@ def defaults_for(given):
     elif given.get("init") or given.get("test"):
         defaults = {"init": str(base), "context": 0, **GENTLE}
     else:
-        on_gpu = torch.cuda.is_available() and "cuda" in given.get("device", "cuda")
+        on_gpu = choose_device(given.get("device")).type == "cuda"
         name = given.get("preset") or ("gpu" if on_gpu else "small")
         return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
     for name in given.keys() & fixed:
@@ -376,8 +374,7 @@ def main(config):
     folder = out / "base"
     if config.compare:
         draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
-        print(f"drew {out}/compare.png")
-        return
+        return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
         print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
@@ -397,8 +394,9 @@ def main(config):
     if config.init:
         model = chapter3.GPT.load(config.init, config.context)
     else:
-        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
-        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
+        V = max(config.vocab_size, tokenizer.vocab_size)
+        config.vocab_size = math.ceil(V / 64) * 64                 # 64: for speed
+        model = chapter3.GPT(chapter3.shape_of(config))
     vars(config).update(vars(model.config))                        # the shape as it came out
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
@@ -419,8 +417,8 @@ def main(config):
         # A sequence may hold the end of a document and the beginning of the next: a position sees
         # both, and learns that nothing before END_OF_TEXT matters any more.
         R = max(1, config.batch_tokens // config.context)
-        x_and_y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
-        return tuple(map(torch.from_numpy, x_and_y))
+        x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def judge(model):
         return evaluate(model, machine, texts["val"], sizes, config.eval_tokens)
@@ -443,7 +441,7 @@ class Machine:
     world: int = 1  # how many they are
 
     def autocast(self):
-        """Return a context in which products run in the chosen precision; weights stay float32."""
+        """Return a context in which products run in the chosen precision; weights stay fp32."""
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -478,7 +476,7 @@ def choose_machine(config):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                 # TF32, where fp32 is asked for
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # new in torch
+    elif torch.cpu._is_avx512_bf16_supported():
         precision = "bf16"
     machine = Machine(device, config.precision or precision,
                       config.compile and device.type != "mps",
@@ -515,111 +513,105 @@ def compile_objective(objective, micro_batch, machine):
     return objective
 
 
-# ---- Tools: a run, its checkpoint and its files --------------------------------------------------
-OUT_OF_MEMORY = ("to allocate", "out of memory", "ALLOC_FAILED")  # as CPU, MPS and CUDA put it
+# ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
+@contextmanager
+def rescue(at_once):
+    """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
+    interrupts = []
 
-
-@dataclass
-class Run:
-    """A run. Its checkpoint holds parts, log and config. Without ... a resumed run would
-        model        begin anew
-        optimizers   go astray for some steps, until they have averages again
-        scaler       overflow in fp16, and leave some steps out
-        log          read the same data again, and take a worse model for the best
-        config       go on with other settings
-    Dropout and the order of the data follow from seed and step, and need no saving.
-    """
-    folder: Path
-    parts: dict
-    config: TrainingConfig
-    at_once: int  # sequences in memory
-    log: list = field(default_factory=list)
-    is_interrupted: bool = False
-
-    def __enter__(self):
-        signal.signal(signal.SIGINT, self.interrupt)
-        return self
-
-    def __exit__(self, kind, error, trace):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if any(words in str(error) for words in OUT_OF_MEMORY):
-            raise CourseError(f"out of memory: --micro-batch {self.at_once // 2 or 1} makes the "
-                              "same step in more parts; else lower --context") from None
-        if self.is_interrupted and not error and len(self.log) < self.config.steps:
-            print(f"stopped after step {len(self.log)} and saved: --resume goes on")
-            sys.exit(130)
-
-    def interrupt(self, number, frame):
-        """Let Ctrl-C end the run after its step; asked twice, at once."""
+    def interrupt(number, frame):
         os.write(2, b"\nstopping after this step (once more: at once, unsaved)\n")
-        self.is_interrupted = True
+        interrupts.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    def restore(self, saved):
-        """Go on from a checkpoint. Raises CourseError if there is nothing left to do."""
-        self.log = saved["log"]
-        for name, part in self.parts.items():
-            part.load_state_dict(saved.pop(name))                  # it need not stay in memory
-        if len(self.log) >= self.config.steps or self.is_stopping():
-            raise CourseError("this run is finished: with more --steps or --patience it goes on, "
-                              "without --resume a new one begins")
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield interrupts
+    except RuntimeError as error:
+        said = str(error).lower()
+        if "alloc" in said or "out of memory" in said:             # as CPU, MPS and CUDA put it
+            raise CourseError(f"out of memory: --micro-batch {at_once // 2 or 1} makes the same "
+                              "step in more parts; else lower --context") from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def evals_without_gain(self):
-        """Return how many evaluations there have been after the best one."""
-        losses = [math.inf] + [row["val_loss"] for row in self.log if "val_loss" in row]
-        return losses[::-1].index(min(losses))
 
-    def is_stopping(self):
-        return self.is_interrupted or 0 < self.config.patience <= self.evals_without_gain()
+def is_over(log, config):
+    """Tell whether a run has taken its steps, or made no gain for `patience` evaluations."""
+    losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
+    evals_without_gain = losses[::-1].index(min(losses))
+    return len(log) >= config.steps or 0 < config.patience <= evals_without_gain
 
-    def log_step(self, losses, norm, scale, tokens, seconds):
-        """Add a row to the log; print the first and every hundredth."""
-        step = len(self.log) + 1
-        row = {"step": step, "tokens": step * tokens, "seconds": seconds,
-               **dict(zip(Objective.COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
-               "tokens_per_second": tokens / seconds}
-        if torch.cuda.is_initialized():                            # how busy and how full it is
-            shape = self.parts["model"].config                     # see show_parts in chapter 3
-            scores = shape.layers * shape.heads * shape.head_width * shape.context
-            weights = sum(p.numel() for p in self.parts["model"].parameters())
-            row["tflops"] = 6 * (weights + scores) * tokens / seconds / 1e12
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.log.append(row)
-        if step == 1 or step % 100 == 0:
-            print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
 
-    def take_stock(self, judge, keep):
-        """Evaluate the model, keep it if it is the best so far, and save the run."""
-        model = self.parts["model"]
-        with torch.compiler.set_stance("force_eager"):             # only training is compiled
-            loss, bits = judge(model.eval())
-        model.train()
-        self.refuse_nan(loss)
-        self.log[-1].update(val_loss=loss, val_bits_per_byte=bits)
-        print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
-        if self.evals_without_gain() == 0:
-            keep(model)
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        with chapter1.replacing(self.folder / "resume.pt") as path, open(path, "wb") as file:
-            torch.save({**state, "log": self.log, "config": asdict(self.config)}, file)
-        self.write_log(self.folder)
+# A checkpoint holds parts, log and config. Without ... a resumed run would
+#   model        begin anew
+#   optimizers   go astray for some steps, until they have averages again
+#   scaler       overflow in fp16, and leave some steps out
+#   log          read the same data again, and take a worse model for the best
+#   config       go on with other settings
+# Dropout and the order of the data follow from seed and step, and need no saving.
+def take_stock(parts, log, config, folder, judge, keep):
+    """Evaluate the model, keep it if it is the best so far, and save the run."""
+    model = parts["model"]
+    with torch.compiler.set_stance("force_eager"):                 # only training is compiled
+        loss, bits = judge(model.eval())
+    model.train()
+    refuse_nan(loss, log, folder)
+    print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
+    if loss <= min([row.get("val_loss", loss) for row in log]):
+        keep(model)
+    log[-1].update(val_loss=loss, val_bits_per_byte=bits)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    # Opened here, as torch.save would report a full disk by no OSError.
+    with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
+        torch.save({**states, "log": log, "config": asdict(config)}, file)
+    write_log(log, folder)
 
-    def write_log(self, folder):
-        """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
-        blank = dict.fromkeys(chain.from_iterable(self.log), math.nan)         # rows differ
-        rows = [list({**blank, **row}.values()) for row in self.log]
-        with suppress(OSError):
-            with chapter1.replacing(folder / "log.csv") as path:
-                np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
-            draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
 
-    def refuse_nan(self, value):
-        """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-        if not math.isfinite(value):
-            folder = self.folder / "diverged"
-            self.write_log(folder)
-            raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
-                              f"the curves are in {folder}")
+def restore(parts, saved, config):
+    """Take up a checkpoint: return its log. Raises CourseError if there is nothing left to do."""
+    for name, part in parts.items():
+        part.load_state_dict(saved.pop(name))                      # it need not stay in memory
+    if is_over(saved["log"], config):
+        raise CourseError("this run is finished: with more --steps or --patience it goes on, "
+                          "without --resume a new one begins")
+    return saved["log"]
+
+
+def add_row(log, row, model, tokens, seconds):
+    """Add a step to the log; print the first and every hundredth."""
+    step = len(log) + 1
+    speed = tokens / seconds
+    row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
+           "tokens_per_second": speed}
+    if torch.cuda.is_initialized():                                # how busy and how full it is
+        shape = model.config                                       # see show_parts in chapter 3
+        scores = shape.layers * shape.heads * shape.head_width * shape.context
+        weights = sum(p.numel() for p in model.parameters())
+        row["tflops"] = 6 * (weights + scores) * speed / 1e12
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    log.append(row)
+    if step == 1 or step % 100 == 0:
+        print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
+
+
+def write_log(log, folder):
+    """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
+    blank = dict.fromkeys(chain(*log), math.nan)                   # rows differ
+    rows = [list({**blank, **row}.values()) for row in log]
+    with suppress(OSError):
+        with chapter1.replacing(folder / "log.csv") as path:
+            np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
+        draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
+
+
+def refuse_nan(value, log, folder):
+    """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
+    if not math.isfinite(value):
+        write_log(log, folder / "diverged")
+        raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
+                          f"the curves are in {folder / 'diverged'}")
 
 
 def read_checkpoint(folder):

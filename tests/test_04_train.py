@@ -514,7 +514,7 @@ def test_asked_twice_it_stops_at_once_and_other_errors_pass(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, batch=signalled(2, times=2))
     for error in (RuntimeError("something else"), BrokenPipeError(32, "Broken pipe")):     # as with `| head`
-        monkeypatch.setattr(chapter4.Run, "log_step", lambda *_: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(chapter4, "add_row", lambda *_: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
             train(tmp_path)
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGINT) == handler
