@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -398,7 +398,8 @@ def main(config):
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
-        model = chapter3.GPT(chapter3.shape_of(replace(config, vocab_size=V)))
+        shape = chapter3.shape_of({**vars(config), "vocab_size": V})
+        model = chapter3.GPT(chapter3.GPTConfig(**shape))
     vars(config).update(vars(model.config))                        # the shape as it came out
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
@@ -644,4 +645,4 @@ def save_folder(model, tokenizer, folder, stops, template=""):
 
 
 if __name__ == "__main__":
-    chapter1.run(main, Config, __doc__ + chapter3.describe_presets(), defaults_for)
+    chapter1.run(main, Config, __doc__ + chapter3.PRESET_HELP, defaults_for)
