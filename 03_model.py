@@ -73,9 +73,8 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
     """
     if documents is None and (T == 1 or (kind == "fused" and T == S)):
         return None                              # one query sees all; "fused" masks by itself
-    seen = torch.arange(S, device=device)        # (S)
-    asks = seen[S - T:, None]                    # (T, 1)
-    visible = seen <= asks                       # (T, S)
+    seen = torch.arange(S, device=device)
+    visible = seen <= seen[S - T:, None]         # (S) <= (T, 1) -> (T, S)
     if documents is not None:
         same = documents[:, S - T:, None] == documents[:, None, :]             # (B, T, S)
         visible = visible & same[:, None]        # (B, 1, T, S): alike for all heads
@@ -85,11 +84,8 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
 # At the default context of 256, the formula is all that runs: skip this on a first reading.
 def attention_in_blocks(q, k, v, visible, size=128):
-    """Return what attention_formula does, for `size` queries at a time.
-
-    The formula computes all (T, S) scores, and the mask throws half of them away. A few queries are
-    held only against the keys up to the last of them: less work, and never (T, S) at once.
-    """
+    """Return what attention_formula does, `size` queries at a time, each time with the keys up to
+    the last of them: the scores of later ones, half of all (T, S), would be thrown away anyway."""
     parts = []
     end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
@@ -108,10 +104,8 @@ def choose_attention(kind, S, device):
 
 
 def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D).
-
-    visible None: all is seen; only "fused" masks by itself what comes later, where T = S.
-    """
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
+    a mask all is seen; only "fused" masks by itself what comes later, where T = S."""
     kind = choose_attention(kind, k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
@@ -253,10 +247,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Widen x, bend each number (else both matrices were as good as one), and narrow it again.
-
-    With a gate, a third matrix says how much of each number gets through.
-    """
+    """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
+    a gate, a third matrix says how much of each number gets through."""
 
     def __init__(self, config):
         super().__init__()
@@ -287,10 +279,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, angles, visible, cache):
-        gathered = self.self_attn(self.input_layernorm(x), angles, visible, cache)
-        x = x + self.dropout(gathered)
-        thought = self.mlp(self.post_attention_layernorm(x))
-        return x + self.dropout(thought)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), angles, visible, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class GPT(nn.Module):
@@ -304,34 +294,26 @@ class GPT(nn.Module):
                               f"--layers {config.layers}: each must be at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.embed_positions = None
-        if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.context, config.width)
+        learned = config.positions == "learned"
+        self.embed_positions = nn.Embedding(config.context, config.width) if learned else None
         self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.lm_head = None
-        if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.start()
-
-    def start(self):
-        """Set the weights to small random numbers, so that all tokens are about equally likely."""
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, False)
+        # Small random numbers to begin with, so that all tokens are about equally likely.
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 std = 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.config.layers)       # so many of them add up in x
+                    std /= math.sqrt(2 * config.layers)            # so many of them add up in x
                 nn.init.normal_(weight, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
     def forward(self, ids, documents=None, cache=None, last_only=False):
-        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5).
-
-        documents (B, S): a number per text, where several share a sequence. last_only: of the last
-        position alone, (B, 1, V). Raises CourseError past the context.
-        """
+        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5);
+        with last_only, of the last position alone, (B, 1, V). documents (B, S): a number per text,
+        where several share a sequence. Raises CourseError past the context."""
         past = 0 if cache is None else cache.length
         T = ids.shape[1]
         S = past + T
@@ -363,9 +345,8 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention has products without weights as well: C for a key's score, C for its value. T / 2 keys
-    are seen on average, so C T more in each block.
-    """
+    Attention has products without weights as well: for each key that is seen, on average T / 2, C
+    for its score and C for its value, so C T more in each block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -418,9 +399,8 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
     "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
     "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768),
 }
-PRESET_HELP = "\npresets, where not as the defaults:"
-for name, values in PRESETS.items():
-    PRESET_HELP += f"\n  {name}: {values}"
+PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
+    f"\n  {name}: {values}" for name, values in PRESETS.items())
 SHAPE = list(asdict(GPTConfig()))
 
 
@@ -505,9 +485,7 @@ def write_config(config):
     """Return what config.json holds: of the first family in which no setting, a new one of yours
     included, is lost; if there is none, of type "course", which transformers does not know."""
     for family, (architecture, settings, _) in FAMILIES.items():
-        # transformers 4 reads rope_theta itself, transformers 5 looks into rope_parameters.
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        data = {"model_type": family, "architectures": [architecture], "rope_parameters": rope,
+        data = {"model_type": family, "architectures": [architecture],
                 "bos_token_id": None, "eos_token_id": None}
         for ours, theirs in settings.items():
             data[theirs] = getattr(config, ours)

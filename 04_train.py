@@ -346,7 +346,7 @@ GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something 
 
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
-    vocab_size: int = 0  # V, the ids that it knows: at least the tokenizer's, and a multiple of 64
+    vocab_size: int = 0  # V, ids that it knows: the tokenizer's or more, and a multiple of 64 for speed
     preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
     compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
@@ -397,9 +397,8 @@ def main(config):
     if config.init:
         model = chapter3.GPT.load(config.init, config.context)
     else:
-        V = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64  # 64: for speed
-        shape = chapter3.shape_of({**vars(config), "vocab_size": V})
-        model = chapter3.GPT(chapter3.GPTConfig(**shape))
+        config.vocab_size = math.ceil(max(config.vocab_size, tokenizer.vocab_size) / 64) * 64
+        model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
     vars(config).update(vars(model.config))                        # the shape as it came out
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None

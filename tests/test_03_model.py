@@ -373,7 +373,6 @@ def test_what_is_saved_has_the_names_of_transformers_and_computes_the_same(famil
     assert all(config[name] == value for name, value in expected.items() if name in config and "rope" not in name)
     model.bfloat16().save(tmp_path)                            # float32 again, of rounded numbers
     assert all(torch.equal(tensor, tensors[name].bfloat16().float()) for name, tensor in read_plainly(tmp_path)[0].items())
-    assert family == "gpt2" or config["rope_parameters"] == {"rope_type": "default", "rope_theta": config["rope_theta"]}
 
 
 @each_family
