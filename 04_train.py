@@ -346,7 +346,7 @@ GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something 
 
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
-    vocab_size: int = 0  # V, ids that it knows: the tokenizer's or more, and a multiple of 64 for speed
+    vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
     preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
     compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
