@@ -19,6 +19,7 @@ Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Zhang 20
 """
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -72,9 +73,8 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
     """
     if documents is None and (T == 1 or (kind == "fused" and T == S)):
         return None                              # one query sees all; "fused" masks by itself
-    seen = torch.arange(S, device=device)        # (S)
-    asks = seen[S - T:, None]                    # (T, 1)
-    visible = seen <= asks                       # (T, S)
+    seen = torch.arange(S, device=device)
+    visible = seen <= seen[S - T:, None]         # (S) <= (T, 1) -> (T, S)
     if documents is not None:
         same = documents[:, S - T:, None] == documents[:, None, :]             # (B, T, S)
         visible = visible & same[:, None]        # (B, 1, T, S): alike for all heads
@@ -84,11 +84,8 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
 # At the default context of 256, the formula is all that runs: skip this on a first reading.
 def attention_in_blocks(q, k, v, visible, size=128):
-    """Return what attention_formula does, for `size` queries at a time.
-
-    The formula computes all (T, S) scores, and the mask throws half of them away. A few queries are
-    held only against the keys up to the last of them: less work, and never (T, S) at once.
-    """
+    """Return what attention_formula does, `size` queries at a time, each time with the keys up to
+    the last of them: the scores of later ones, half of all (T, S), would be thrown away anyway."""
     parts = []
     end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
@@ -97,11 +94,19 @@ def attention_in_blocks(q, k, v, visible, size=128):
     return torch.cat(parts, dim=2)                                 # (B, H, T, D)
 
 
-def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D).
+def choose_attention(kind, S, device):
+    """Return what "auto" stands for: up to 256 keys, one large product is the fastest anyway."""
+    if kind != "auto":
+        return kind
+    if S <= 256:
+        return "formula"
+    return "fused" if device.type == "cuda" else "blocks"
 
-    visible None: all is seen; only "fused" masks by itself what comes later, where T = S.
-    """
+
+def attention(q, k, v, visible=None, kind="formula"):
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
+    a mask all is seen; only "fused" masks by itself what comes later, where T = S."""
+    kind = choose_attention(kind, k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
@@ -112,15 +117,6 @@ def attention(q, k, v, visible=None, kind="formula"):
     if kind == "blocks" and visible is not None:
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
-
-
-def choose_attention(kind, S, device):
-    """Return what "auto" stands for: up to 256 keys, one large product is the fastest anyway."""
-    if kind != "auto":
-        return kind
-    if S <= 256:
-        return "formula"
-    return "fused" if device.type == "cuda" else "blocks"
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
@@ -242,19 +238,17 @@ class Attention(nn.Module):
             k = rotate(k, *angles)
         return q, k, v
 
-    def forward(self, x, angles, visible, kind, cache):
+    def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
         if cache is not None:
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
-        y = attention(q, k, v, visible, kind)                      # (B, H, T, D)
+        y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H D) -> (B, T, C)
 
 
 class MLP(nn.Module):
-    """Widen x, bend each number (else both matrices were as good as one), and narrow it again.
-
-    With a gate, a third matrix says how much of each number gets through.
-    """
+    """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
+    a gate, a third matrix says how much of each number gets through."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,11 +278,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, angles, visible, kind, cache):
-        gathered = self.self_attn(self.input_layernorm(x), angles, visible, kind, cache)
-        x = x + self.dropout(gathered)
-        thought = self.mlp(self.post_attention_layernorm(x))
-        return x + self.dropout(thought)
+    def forward(self, x, angles, visible, cache):
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), angles, visible, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class GPT(nn.Module):
@@ -302,34 +294,26 @@ class GPT(nn.Module):
                               f"--layers {config.layers}: each must be at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.embed_positions = None
-        if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.context, config.width)
+        learned = config.positions == "learned"
+        self.embed_positions = nn.Embedding(config.context, config.width) if learned else None
         self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.lm_head = None
-        if not config.tied:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.start()
-
-    def start(self):
-        """Set the weights to small random numbers, so that all tokens are about equally likely."""
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, False)
+        # Small random numbers to begin with, so that all tokens are about equally likely.
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 std = 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.config.layers)       # so many of them add up in x
+                    std /= math.sqrt(2 * config.layers)            # so many of them add up in x
                 nn.init.normal_(weight, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
 
     def forward(self, ids, documents=None, cache=None, last_only=False):
-        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5).
-
-        documents (B, S): a number per text, where several share a sequence. last_only: of the last
-        position alone, (B, 1, V). Raises CourseError past the context.
-        """
+        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5);
+        with last_only, of the last position alone, (B, 1, V). documents (B, S): a number per text,
+        where several share a sequence. Raises CourseError past the context."""
         past = 0 if cache is None else cache.length
         T = ids.shape[1]
         S = past + T
@@ -344,7 +328,7 @@ class GPT(nn.Module):
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
         for block in self.layers:
-            x = block(x, angles, visible, kind, cache)             # (B, T, C) -> (B, T, C)
+            x = block(x, angles, visible, cache)                   # (B, T, C) -> (B, T, C)
         if cache is not None:
             cache.length = S
         if last_only:
@@ -361,15 +345,15 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention has products without weights as well: C for a key's score, C for its value. T / 2 keys
-    are seen on average, so C T more in each block.
-    """
+    Attention has products without weights as well: for each key that is seen, on average T / 2, C
+    for its score and C for its value, so C T more in each block."""
     with torch.device("meta"):                                     # shapes without numbers
-        parts = dict(GPT(config).named_parameters())
-    for name, part in parts.items():
+        model = GPT(config)
+    total = 0
+    for name, part in model.named_parameters():
+        total += part.numel()
         if "layers." not in name or ".0." in name:
             print(f"{part.numel():12,}  {name}", list(part.shape))
-    total = sum(part.numel() for part in parts.values())
     scores = config.layers * config.heads * config.head_width * config.context
     print(f"{total:,} parameters with all {config.layers} layers, "
           f"{6 * (total + scores) / 1e6:,.1f} MFLOP to train on a token")
@@ -415,13 +399,9 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
     "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
     "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768),
 }
+PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
+    f"\n  {name}: {values}" for name, values in PRESETS.items())
 SHAPE = list(asdict(GPTConfig()))
-
-
-def describe_presets():
-    """Return the presets as text for --help."""
-    lines = [f"\n  {name}: {values}" for name, values in PRESETS.items()]
-    return "\npresets, where not as the defaults:" + "".join(lines)
 
 
 def find_preset(name):
@@ -431,9 +411,9 @@ def find_preset(name):
     return PRESETS[name]
 
 
-def shape_of(settings):
-    """Return the GPTConfig among the settings of a run, which has all of its fields."""
-    return GPTConfig(**{name: getattr(settings, name) for name in SHAPE})
+def shape_of(values):
+    """Return those of a preset's or a run's values that GPTConfig has."""
+    return {name: value for name, value in values.items() if name in SHAPE}
 
 
 @dataclass
@@ -444,8 +424,7 @@ class Config(GPTConfig):
 
 def defaults_for(given):
     """Return the shape that --preset stands for; flags that were given change it."""
-    preset = find_preset(given.get("preset", "small"))
-    return {name: value for name, value in preset.items() if name in SHAPE}
+    return shape_of(find_preset(given.get("preset", "small")))
 
 
 def main(config):
@@ -486,18 +465,6 @@ GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def write_config(config, family):
-    """Return what config.json holds for a config under a family's model_type."""
-    if family == "course":                       # transformers has no model with these parts
-        return {"model_type": "course", "course": asdict(config)}
-    architecture, settings, _ = FAMILIES[family]
-    data = {theirs: getattr(config, ours) for ours, theirs in settings.items()}
-    # transformers 4 reads rope_theta itself, transformers 5 looks into rope_parameters.
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {"model_type": family, "architectures": [architecture], **data,
-            "rope_parameters": rope, "bos_token_id": None, "eos_token_id": None}
-
-
 def read_config(data):
     """Return the GPTConfig of a parsed config.json. Raises CourseError for what we do not know."""
     family = data["model_type"]
@@ -514,19 +481,24 @@ def read_config(data):
     return GPTConfig(**{"heads": 0, **parts, **found})         # if it does not say, 0 is refused
 
 
-def family_of(config):
-    """Return the family in which no setting, a new one of yours included, is lost, or "course"."""
-    for family in FAMILIES:
-        if read_config(write_config(config, family)) == replace(config, attention="auto"):
-            return family
-    return "course"
+def write_config(config):
+    """Return what config.json holds: of the first family in which no setting, a new one of yours
+    included, is lost; if there is none, of type "course", which transformers does not know."""
+    for family, (architecture, settings, _) in FAMILIES.items():
+        data = {"model_type": family, "architectures": [architecture],
+                "bos_token_id": None, "eos_token_id": None}
+        for ours, theirs in settings.items():
+            data[theirs] = getattr(config, ours)
+        with suppress(CourseError):              # a shape that the family cannot have
+            if read_config(data) == replace(config, attention="auto"):
+                return data
+    return {"model_type": "course", "course": asdict(config)}
 
 
 def family_tensors(model, family):
     """Return {name in a family's file, less its prefix: [our parameters, side by side in it]}."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        view = parameter.detach()
+    for name, view in model.state_dict().items():
         if family == "gpt2":                     # its q, k and v are joined
             name = ".".join([GPT2_NAMES.get(part, part) for part in name.split(".")])
             if name.startswith("h.") and view.ndim == 2:
@@ -538,7 +510,8 @@ def family_tensors(model, family):
 # A safetensors file: 8 bytes N, N bytes of JSON {name: {dtype, shape, data_offsets}}, the numbers.
 def save_model(model, folder):
     """Write config.json and model.safetensors (float32)."""
-    family = family_of(model.config)
+    data = write_config(model.config)
+    family = data["model_type"]
     prefix = "transformer." if family == "gpt2" else "model."
     header = {"__metadata__": {"format": "pt"}}
     arrays = []
@@ -555,7 +528,7 @@ def save_model(model, folder):
     text += b" " * (-len(text) % 8)              # the numbers start at a multiple of 8
     with chapter1.replacing(Path(folder) / "model.safetensors") as path, open(path, "wb") as file:
         file.writelines([len(text).to_bytes(8, "little"), text, *arrays])
-    chapter1.write_json(Path(folder) / "config.json", write_config(model.config, family))
+    chapter1.write_json(Path(folder) / "config.json", data)
 
 
 def read_safetensors(path):
@@ -600,23 +573,18 @@ def load_model(folder, context=0):
                 view.copy_(part)                               # whatever its dtype, float32 now
     except Exception as error:                                 # whatever a damaged file leads to
         raise CourseError(f"{folder}: {error}".splitlines()[0])
-    if context:
-        crop_context(model, context)
-    return model
-
-
-def crop_context(model, context):
-    """Let a model look at `context` tokens only: its full context may need too much memory."""
     if context > model.config.context:
         raise CourseError(f"--context {context}: the model knows {model.config.context} positions")
-    model.config.context = context
-    if model.embed_positions is not None:
-        table = model.embed_positions.weight
-        table.data = table.data[:context].clone()
+    if context:                                                # the full one may need much memory
+        model.config.context = context
+        if model.embed_positions is not None:
+            table = model.embed_positions.weight
+            table.data = table.data[:context].clone()
+    return model
 
 
 GPT.save = save_model      # model.save(folder)
 GPT.load = load_model      # GPT.load(folder)
 
 if __name__ == "__main__":
-    chapter1.run(main, Config, __doc__ + describe_presets(), defaults_for)
+    chapter1.run(main, Config, __doc__ + PRESET_HELP, defaults_for)

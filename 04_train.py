@@ -344,7 +344,7 @@ GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something 
 
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
-    vocab_size: int = 0  # V, the ids that it knows: at least the tokenizer's, and a multiple of 64
+    vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
     preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
     compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
@@ -396,7 +396,7 @@ def main(config):
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)
         config.vocab_size = math.ceil(V / 64) * 64                 # 64: for speed
-        model = chapter3.GPT(chapter3.shape_of(config))
+        model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
     vars(config).update(vars(model.config))                        # the shape as it came out
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
@@ -636,4 +636,4 @@ def save_folder(model, tokenizer, folder, stops, template=""):
 
 
 if __name__ == "__main__":
-    chapter1.run(main, Config, __doc__ + chapter3.describe_presets(), defaults_for)
+    chapter1.run(main, Config, __doc__ + chapter3.PRESET_HELP, defaults_for)

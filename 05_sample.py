@@ -203,11 +203,12 @@ def attention_maps(model, ids):
 
     def record(layer, inputs):
         """Called with what an attention layer is about to read."""
-        x, angles, visible, kind, _ = inputs
+        x, angles, visible, _ = inputs
         q, k, _ = layer.project(x, angles)
         # With the rows of the identity as values, their weighted mean is the weights themselves.
         unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)
-        maps.append(chapter3.attention(q, k, unit, visible, kind)[0])          # (H, T, T)
+        weights = chapter3.attention(q, k, unit, visible, model.config.attention)
+        maps.append(weights[0])                                    # (H, T, T)
 
     hooks = [block.self_attn.register_forward_pre_hook(record) for block in model.layers]
     model(as_batch(model, [ids]))

@@ -38,7 +38,7 @@ def curve_of(data, base, settings, seconds, seeds):
     machine = chapter4.choose_machine(chapter4.TrainingConfig(device="cpu", precision=settings["precision"],
                                                               compile=settings["compile"]))
     changes = {name: settings[name] for name in TRAINING}
-    shape = {**base, **{name: value for name, value in settings.items() if name in chapter3.SHAPE}}
+    shape = {**base, **chapter3.shape_of(settings)}
     _, usual = pace(train_ours(data, shape, machine, 24, **changes)[1])
     steps, curves, speeds = max(20, round(seconds / usual)), [], []
     for seed in seeds:

@@ -86,7 +86,7 @@ class Stopwatch:
 
 def make_model(variant, preset, tiny):
     """Return a model of a preset, with nanoGPT's settings if that is the variant."""
-    shape = {name: value for name, value in chapter3.PRESETS[preset].items() if name in chapter3.SHAPE}
+    shape = chapter3.shape_of(chapter3.PRESETS[preset])
     if tiny:
         shape.update(TINY)
     shape.update(NANOGPT if variant == "nanogpt" else {"attention": variant})

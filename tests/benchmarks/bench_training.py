@@ -52,8 +52,7 @@ class Data:
 
 def shape_of(preset, **changes):
     """Return the values of a preset that are a model's shape, with some of them changed."""
-    shape = {name: value for name, value in chapter3.PRESETS[preset].items() if name in chapter3.SHAPE}
-    return {**shape, **changes}
+    return {**chapter3.shape_of(chapter3.PRESETS[preset]), **changes}
 
 
 def train_baseline(data, shape, sequences, seconds):
