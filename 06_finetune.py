@@ -100,6 +100,17 @@ def pack(examples, T, filler):
     return fill_up(sequences, T, filler)
 
 
+def batches_of(examples, R, T, filler, seed):
+    """Return batch(step) -> ids, targets, documents, (R, T) each: a pure function of the step."""
+    shuffled = random.Random(seed).sample(examples, len(examples))
+    sequences = pack(shuffled, T, filler)                      # (N, 3, T)
+
+    def batch(step):
+        numbers = torch.arange(step * R, (step + 1) * R) % len(sequences)      # again and again
+        return sequences[numbers].unbind(1)                    # (R, T) each
+    return batch
+
+
 def show_mask(tokenizer, ids, learnt):
     """Print a conversation token by token; what is learnt is in brackets."""
     for i, is_learnt in zip(ids, learnt):
@@ -110,7 +121,8 @@ def show_mask(tokenizer, ids, learnt):
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
-# all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots, to be filled. Lines
+# all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots: another line of its
+# kind fills them, a constant, or a parameter (the three tables below the grammar say which). Lines
 # with a star stand in no other line, as they could be misread: "the square of x plus 7".
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
@@ -192,14 +204,12 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-Slot = namedtuple("Slot", "kind of_lines of_constants constants", defaults=(0, 0, ()))
-SLOTS = {  # what fills it: another line of its kind (how often), a constant (how often), a parameter
-    "N": Slot("number"), "M": Slot("number"), "X": Slot("number", 0.8),
-    "K": Slot("number", 0, 0.8, range(101)), "S": Slot("number", 0, 0.8, range(2, 11)),
-    "W": Slot("number", 0.4, 0.4, range(101)), "C": Slot("letter", 0, 1, string.ascii_lowercase),
-    "L": Slot("list"), "Y": Slot("list", 0.8), "T": Slot("text"), "Z": Slot("text", 0.8),
-    "P": Slot("property", 1), "Q": Slot("question", 1)}
-SLOT = rf"\b[{''.join(SLOTS)}]\b"
+KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
+         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
+         "P": "property", "Q": "question"}
+OTHER_LINES = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often they fill a slot
+CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
+SLOT = rf"\b[{''.join(KINDS)}]\b"
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
 
@@ -239,10 +249,9 @@ def compose(entry, task, names, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        kind, of_lines, of_constants, constants = SLOTS[slot]
-        draw = chooser.random()
-        if draw < of_lines and (slot in "PQ" or len(task.parts) == 1):         # two are enough
-            others = [other for other in ENTRIES if other.kind == kind]
+        is_open = slot in "PQ" or len(task.parts) == 1         # two in one are enough
+        if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
+            others = [other for other in ENTRIES if other.kind == KINDS[slot]]
             part = chooser.choice([other for other in others if other.code not in task.parts])
             if slot != "P":
                 task.parts.append(part.code)
@@ -254,12 +263,12 @@ def compose(entry, task, names, chooser):
                 code = "part"
             codes[slot] = code
             texts[slot] = text.removeprefix("whether ")
-        elif draw > 1 - of_constants:
-            codes[slot] = texts[slot] = repr(chooser.choice(constants))
+        elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
+            codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
             task.constants.append((entry.code, codes[slot]))
         else:
             codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = kind
+            task.types[codes[slot]] = KINDS[slot]
     return fill(entry.code, codes), fill(words, texts)
 
 
@@ -622,14 +631,8 @@ def main(config):
         model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
-    shuffled = random.Random(config.seed).sample(examples, len(examples))
-    sequences = pack(shuffled, T, end)                         # (N, 3, T)
-    R = max(1, config.batch_tokens // T)
+    batch = batches_of(examples, max(1, config.batch_tokens // T), T, end, config.seed)
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
-
-    def batch(step):
-        numbers = torch.arange(step * R, (step + 1) * R) % len(sequences)      # again and again
-        return sequences[numbers].unbind(1)                    # (R, T): ids, targets, documents
 
     def measure(model):
         return chapter4.surprise(model, machine, held_out, sizes)

@@ -312,6 +312,11 @@ def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer)
             found.append([(x[i], y[i], 0) for i in positions])
     assert sorted(found) == sorted(chapter6.columns_of(*example) for example in given)     # each once, none cut
     assert sequences.shape[1:] == (3, 100) and len(sequences) <= len(given) / 2
+    batch = chapter6.batches_of(given, 2, 100, 0, 5)           # a batch is a function of its step
+    assert all(torch.equal(a, b) and a.shape == (2, 100) for a, b in zip(batch(1), batch(1), strict=True))
+    steps = torch.cat([torch.stack(batch(step), 1) for step in range(len(sequences) // 2)])
+    assert len(steps.unique(dim=0)) == len(steps)              # none comes twice before all have come
+    assert chapter6.batches_of(given[:1], 4, 100, 0, 5)(3)[0].unique(dim=0).shape == (1, 100)      # then again, as often as needed
 
 
 def test_packed_equals_one_conversation_a_sequence(tokenizer):
