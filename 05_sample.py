@@ -409,6 +409,8 @@ def open_model(folder, device, context=0):
     settings = Path(folder, "generation_config.json")
     if settings.exists():
         found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
+        if not isinstance(found, dict):
+            raise CourseError(f"{settings} holds no settings: copy the model's folder anew")
         ends = found.get("eos_token_id")                       # one id, several or none
     if not isinstance(ends, list):
         ends = [ends]

@@ -360,23 +360,25 @@ def conversation_of(task):
 def split_words(tokenizer):
     """Return (names to learn with, names held out, words for noise) out of Python's train modules.
 
-    A name is held out only if the others have all of its tokens: a token that training never copies
-    is hard to copy.
+    Half of the names to learn with are made up of two tokens: what was never copied in training is
+    hard to copy, and so each token should come up in some name.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
-    common = [word for word in sorted(counts) if counts[word] > 7]             # of so many modules
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    names = [word for word in common if re.fullmatch("[a-z]{3,}", word) and word not in used]
-    learnt = [name for name in names if not is_held_out(name)]
-    noise = {*common} - {*names} - {*re.findall("[a-z]{5,}", GRAMMAR)}
-    # A token may hold what is before a name, too: so it is looked at after " ", "(" and "_".
-    known = set(chain.from_iterable(tokenizer.encode(f" {name}({name}_{name}") for name in learnt))
-    new = [name for name in names if is_held_out(name)
-           and known.issuperset(tokenizer.encode(f" {name}({name}_{name}"))]
-    return learnt, new, sorted(noise.union(learnt))
+    common = {word for word in counts if re.fullmatch("[a-z]{3,}", word) and counts[word] > 7}
+    names = sorted(common - used)
+    new = [name for name in names if is_held_out(name)]
+    pieces = [token.decode().strip(" _") for token in tokenizer.tokens
+              if re.fullmatch(rb"[ _]?[a-z]+", token)]
+    chooser = random.Random(0)
+    made_up = {"".join(chooser.sample(pieces, 2)) for _ in names}
+    learnt = sorted(name for name in made_up.union(names) - used if not is_held_out(name))
+    not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}      # the latter say what to compute
+    noise = [word for word in counts.elements() if word not in not_noise]
+    return learnt, new, noise
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------

@@ -163,7 +163,7 @@ def read_sentences(path):
             name = re.search(r"(\w+)\(", instruction) or re.search(r"\b(?:called|named) (\w+)", instruction)
             source = f"def {name[1]}({', '.join(types)}):\n    return {code}"
             constants = [("own", value) for value in re.findall(r"\b\d+\b|'[a-z]'", code)]
-            tasks.append(chapter6.Task(name[1], ["own"], types, constants, "", source, instruction))
+            tasks.append(chapter6.Task(name[1], ["own"], types, constants, source=source, instruction=instruction))
     return tasks
 
 

@@ -388,9 +388,9 @@ def check_adapters_learn(machine):
     with tempfile.TemporaryDirectory() as folder:
         log, _ = train_some(machine, model, folder, optimizer="adamw", lr=0.03)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    ids = random_ids(2, 64)
+    ids = random_ids(2, 64).to(machine.device)
     with exactly(), torch.no_grad():
-        apart = distance(chapter6.merge_lora(model)(ids), model.eval()(ids.to(machine.device)))
+        apart = distance(chapter6.merge_lora(model)(ids), model.eval()(ids))
     ok, text = learns(log, model)
     adapters = {name for name in before if name.endswith((".a", ".b"))}
     return ok and moved == adapters and apart < 1e-4, f"{text}, merged {apart:.1e} apart"
