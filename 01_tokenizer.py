@@ -40,7 +40,7 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
 # Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
 
-# Why cut a text before merging? So that no token crosses a word's border: else "dog.", "dog!" and
+# Why cut a text before merging? So that a token ends where a word does: else "dog.", "dog!" and
 # "dog?" would be three tokens, and a model would have to learn "dog" three times. It also saves
 # time: of millions of chunks few differ. \p{L} is a letter, \p{N} a digit, \s white space.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
@@ -85,17 +85,17 @@ def learn_merges_naive(chunks, how_many):
     [(108, 111), (256, 119)]
     """
     merges = []
-    words = {chunk: list(chunk.encode()) for chunk in chunks}
+    ids_of = {chunk: list(chunk.encode()) for chunk in chunks}
     for new in range(256, 256 + how_many):
         counts = Counter()
-        for chunk, ids in words.items():
+        for chunk, ids in ids_of.items():
             for pair in zip(ids, ids[1:]):
                 counts[pair] += chunks[chunk]
         if not counts:
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        for chunk, ids in words.items():
-            words[chunk] = merge(ids, best, new)
+        for chunk, ids in ids_of.items():
+            ids_of[chunk] = merge(ids, best, new)
         merges.append(best)
     return merges
 
@@ -103,12 +103,13 @@ def learn_merges_naive(chunks, how_many):
 # ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
 # A merge changes only the pairs beside it. So all chunks are laid side by side with a GAP between
 # them, pairs are counted once, and for each pair its positions are kept: a merge visits those and
-# corrects the counts there. Tokens never move: a long one's id stands at its first and last byte.
+# corrects the counts there. Tokens never move: a long one's id stands at its first and last byte,
+# where its neighbours look for it.
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
 #     ids             GAP    l    o    w    e  GAP          (GAP, l), (l, o), (o, w) occur once less
 #     after (l, o)    GAP   lo   lo    w    e  GAP          (GAP, lo), (lo, w) once more
-#     after (lo, w)   GAP  low  GAP  low    e  GAP          the middle is not looked at again
-GAP = -1
+#     after (lo, w)   GAP  low  GAP  low    e  GAP          in the middle no token begins
+GAP = -1  # no token begins here
 
 
 def learn_merges(chunks, how_many):
@@ -117,7 +118,7 @@ def learn_merges(chunks, how_many):
     ids = [GAP]
     times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
-    changes = Counter()                          # {pair: what is still to be added to counts}
+    changes = Counter()                          # {pair: what to add to counts after a merge}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     for chunk, n in chunks.items():
         piece = chunk.encode()
@@ -142,7 +143,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # none of it will be left
+        del counts[best]                         # none is left: below, it may fall under 0
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -154,8 +155,8 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # where the two met: no token begins here any more
-            ids[i] = ids[end - 1] = new
+            ids[middle - 1] = ids[middle] = GAP  # where the two met; of two bytes, both are...
+            ids[i] = ids[end - 1] = new          # ... written over at once
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
             changes[right, after] -= n
@@ -168,7 +169,8 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back, by merges. It is made of `data`, what tokenizer.json holds (see Tools).
+    """Text to ids and back, by merges. It is made of `data`, what the file tokenizer.json holds (at
+    the end): so ours and GPT-2's come in by one door.
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
     {text: id}; end: the one of them after a document; first: an id before each text, or None."""
     def __init__(self, data):
@@ -178,13 +180,14 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
+        # How it is called, each maker decides.
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.end = next(ends, None)
         self.first = read_first(data, self.special_tokens)
         self._patterns = read_patterns(data["pre_tokenizer"])
         # {pair of ids: (how early it was learnt, the id that it becomes)}
-        self._merges = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
-                        for rank, (a, b) in enumerate(self.merges)}
+        self._becomes = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
+                         for rank, (a, b) in enumerate(self.merges)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
@@ -193,9 +196,11 @@ class Tokenizer:
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
         ids = [self.tokens[bytes([byte])] for byte in whole]
-        while known := self._merges.keys() & zip(ids, ids[1:]):    # the pairs that have a merge
-            pair = min(known, key=self._merges.get)                # the one learnt first
-            ids = merge(ids, pair, self._merges[pair][1])
+        # The neighbours that have a merge, until there are none:
+        while known := self._becomes.keys() & zip(ids, ids[1:]):
+            pair = min(known, key=self._becomes.get)               # the one learnt first
+            _, new = self._becomes[pair]
+            ids = merge(ids, pair, new)
         return ids
 
     def encode(self, text):

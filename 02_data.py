@@ -36,7 +36,7 @@ CourseError = chapter1.CourseError
 Tokenizer = chapter1.Tokenizer
 
 # Legend
-#   B   batch: how many sequences one step reads (R in chapter 4)
+#   B   batch: how many sequences one step reads
 #   T   time: the tokens of one sequence, also called the context
 #   V   vocabulary: how many ids there are
 #   split      "train" to learn from, "val" to choose settings by, "test" for the end, read once
@@ -53,7 +53,7 @@ RULES = {
     "control characters": lambda text: re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]", "", text),
     "Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),     # "e" + "´" becomes "é"
 }
-SHORTEST = 20  # characters; a shorter document teaches nothing
+SHORTEST = 20  # characters; a shorter document teaches little
 
 
 def clean(documents, changed, dropped):
@@ -83,7 +83,7 @@ SPLITS = ("train", "val", "test")
 
 
 def write_tokens(documents, tokenizer, folder):
-    """Write {split}.bin, flat files of token ids, and meta.json, which describes them. The last is
+    """Write {split}.bin, flat files of token ids, and meta.json, which describes them. meta.json is
     removed first and written last: where it stands, the files are whole. Returns
     {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
     # By this separator, the model learns where a text ends: the next has nothing to do with it.
@@ -97,7 +97,7 @@ def write_tokens(documents, tokenizer, folder):
     for split, text in documents:
         ids = [*tokenizer.encode(text), end]
         files[split].write(np.array(ids, dtype))
-        totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))
+        totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))   # adds
         show_progress(files["train"].tell())
     for file in files.values():
         file.close()
@@ -122,15 +122,7 @@ def open_tokens(folder, split):
         raise CourseError(f"{path} is not what meta.json says ({error}): run 02_data.py") from None
 
 
-def matching_tokens(folder, split, tokenizer):
-    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
-    if not (folder / "meta.json").exists():
-        return np.zeros(0, np.uint16)
-    tokens, meta = open_tokens(folder, split)
-    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
-
-
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)                                          # else each step would shuffle anew
 def sequence_order(count, seed, epoch):
     """Return the order in which an epoch reads its sequences: a permutation of range(count).
     Shuffled, as neighbours are alike: a batch out of one file would pull the model towards it."""
@@ -143,8 +135,8 @@ def get_batch(tokens, step, B, T, seed=0):
     A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
     be saved when training stops or restored when it goes on, and any step can be looked at again.
     The split is cut into `count` sequences of T tokens, and an epoch reads each once. A step reads
-    B of them: with B = 4, step 2 reads the run's sequences 8 to 11. If count is 5, sequence 8 is
-    number i = 3 of epoch 1, both from 0. Raises CourseError if there is not even one.
+    B of them: with B = 4, step 2 reads n = 8 to 11. If count is 5, n = 8 is i = 3 of epoch 1, whose
+    order says which sequence that is. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
@@ -160,15 +152,6 @@ def get_batch(tokens, step, B, T, seed=0):
         sequences.append(tokens[start:start + T + 1])          # one more, for the last target
     ids = np.stack(sequences).astype(np.int64)                 # (B, T + 1)
     return ids[:, :-1], ids[:, 1:]                             # (B, T) each
-
-
-def token_sizes(tokenizer, V):
-    """Return the number of bytes of each id below V, (V,); of special tokens 0. Chapter 4 measures
-    a text's bits per byte by it."""
-    sizes = np.zeros(V, np.int64)
-    for token, i in tokenizer.tokens.items():
-        sizes[i] = len(token)
-    return sizes
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
@@ -238,7 +221,8 @@ def main(config):
         download(name, out / "downloads")
     source = choose_source(config)
     changed, dropped = Counter(), Counter()
-    # Split before cleaning, as chapter 1 did: so both hold out the same texts.
+    # Split before cleaning, as chapter 1 did: so both hold out the same texts. Nothing is read yet:
+    # these are generators, and work when write_tokens asks for the next document.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
     cleaned = clean(documents, changed, dropped)
     tokenizer = Tokenizer.load(out / "tokenizer")
@@ -252,6 +236,24 @@ def main(config):
     show_batch(tokens, tokenizer)
     draw_statistics(tokens, tokenizer, folder / "statistics.png")
     print(f"saved {folder}; next: {chapter1.command('03_model.py', config)}")
+
+
+# ---- Tools: for later chapters -------------------------------------------------------------------
+def matching_tokens(folder, split, tokenizer):
+    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
+    if not (folder / "meta.json").exists():
+        return np.zeros(0, np.uint16)
+    tokens, meta = open_tokens(folder, split)
+    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
+
+
+def token_sizes(tokenizer, V):
+    """Return the number of bytes of each id below V, (V,); of special tokens 0. Chapter 4 measures
+    a text's bits per byte by it."""
+    sizes = np.zeros(V, np.int64)
+    for token, i in tokenizer.tokens.items():
+        sizes[i] = len(token)
+    return sizes
 
 
 # ---- Tools: texts to download --------------------------------------------------------------------

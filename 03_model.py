@@ -5,11 +5,13 @@ between stands a stack of equal blocks. In each, attention lets a position gathe
 those before it, and the MLP, a small network, thinks about what was gathered. Both only add to a
 running sum, the residual stream x, so that no block can lose what an earlier one has found:
 
-    ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...-> norm
-                                         |                       ^  |                 ^          |
-                                         +-> norm -> attention --+  +-> norm -> MLP --+      lm_head
-    GPT-2 (2019)  LayerNorm  learned positions  GELU    biases                                   |
-    today         RMSNorm    RoPE               SwiGLU  QK-norm, grouped heads   logits (B, T, V)
+    ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
+                                         |                       ^  |                 ^
+                                         +-> norm -> attention --+  +-> norm -> MLP --+
+                       ... -> norm -> lm_head -> logits (B, T, V)
+
+    GPT-2 (2019)  LayerNorm  learned positions  GELU    biases
+    today         RMSNorm    RoPE               SwiGLU  QK-norm, grouped heads
 
 Run:    python 03_model.py                  the parts, what they cost, the first loss, a test
         python 03_model.py --preset gpt2    of another shape; every setting is a flag, see --help
@@ -62,7 +64,7 @@ def attention_formula(q, k, v, visible=None):
     return weights @ v                           # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
-def who_sees(T, S, documents=None, device=None, kind="formula"):
+def who_sees(T, S, documents=None, device=None):
     """Return the causal mask (T, S), True where one may look; the last T of S positions ask.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
@@ -71,10 +73,8 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
     """
-    if documents is None and (T == 1 or (kind == "fused" and T == S)):
-        return None                              # one query sees all; "fused" masks by itself
-    seen = torch.arange(S, device=device)
-    visible = seen <= seen[S - T:, None]         # (S) <= (T, 1) -> (T, S)
+    positions = torch.arange(S, device=device)
+    visible = positions <= positions[S - T:, None]             # (S) <= (T, 1) -> (T, S)
     if documents is not None:
         same = documents[:, S - T:, None] == documents[:, None, :]             # (B, T, S)
         visible = visible & same[:, None]        # (B, 1, T, S): alike for all heads
@@ -82,7 +82,7 @@ def who_sees(T, S, documents=None, device=None, kind="formula"):
 
 
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
-# At the default context of 256, the formula is all that runs: skip this on a first reading.
+# At the default context of 256, the formula is all that runs: skip the blocks on a first reading.
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, each time with the keys up to
     the last of them: the scores of later ones, half of all (T, S), would be thrown away anyway."""
@@ -105,8 +105,8 @@ def choose_attention(kind, S, device):
 
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
-    a mask all is seen; only "fused" masks by itself what comes later, where T = S."""
-    kind = choose_attention(kind, k.shape[2], q.device)
+    a mask nothing is hidden, but with "fused" what comes later, where T = S."""
+    kind = choose_attention(kind, k.shape[2], q.device)        # the same choice as for the mask
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
@@ -128,19 +128,18 @@ def attention(q, k, v, visible=None, kind="formula"):
 # 7 and 5 add 0.2 to it, as 102 and 100 do. Every pair turns at a speed w of its own: the fast ones
 # tell neighbours apart, but a full circle later look the same; the slow ones tell near from far.
 def rope_angles(config, positions):
-    """Return cos and sin, each (T, D), of the angles at each position (T), for `rotate`."""
-    pairs = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
-    speeds = config.rope_theta ** -pairs                       # (D/2), from 1 to about 1 / theta
+    """Return cos and sin, each (T, D/2), of the angles at each position (T), for `rotate`."""
+    exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
+    speeds = config.rope_theta ** -exponents                   # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
-    # cos(-a) is cos(a), but sin(-a) is -sin(a): the minus sign that x's half of the formula has.
-    angles = torch.cat((-angles, angles), dim=1)                   # (T, D)
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn the pairs (x[i], x[i + D/2]) of queries or keys (B, H, T, D) by the angles (T, D)."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)                    # its halves: (x, y) -> (y, x)
-    return (x * cos + swapped * sin).type_as(x)
+def rotate(heads, cos, sin):
+    """Turn queries or keys (B, H, T, D); x is the first half of the D numbers, y the second."""
+    x, y = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
+    turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)         # (B, H, T, D)
+    return turned.type_as(heads)
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
@@ -156,14 +155,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits (None: the weights follow)
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 MLPS = {  # name: (activation function, which bends numbers; whether it is a gate for others)
     "swiglu": (F.silu, True),                    # x / (1 + e^-x)
-    "gelu": (nn.GELU("tanh"), False),            # x times the chance that a Gaussian is below x
+    "gelu": (nn.GELU("tanh"), False),            # x times P(a Gaussian is below x), nearly
 }
 KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
          "attention": ["auto", "formula", "blocks", "fused"]}
@@ -229,10 +228,12 @@ class Attention(nn.Module):
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        into_heads = (-1, self.config.head_width)                  # (B, T, H D) -> (B, T, H, D)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2))
+        into_heads = (-1, self.config.head_width)
+        q = self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, H, T, D)
+        k = self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
         v = self.v_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
+        q = self.q_norm(q)
+        k = self.k_norm(k)
         if self.config.positions == "rope":
             q = rotate(q, *angles)
             k = rotate(k, *angles)
@@ -240,10 +241,10 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
-        if cache is not None:
+        if cache is not None:                                      # see chapter 5
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H D) -> (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H*D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -319,11 +320,13 @@ class GPT(nn.Module):
         S = past + T
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
-        kind = choose_attention(self.config.attention, S, ids.device)
-        visible = who_sees(T, S, documents, ids.device, kind)      # (T, S), (B, 1, T, S) or None
-        x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         positions = torch.arange(past, S, device=ids.device)       # (T)
-        angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
+        angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
+        visible = None                           # where one query sees all, or "fused" masks itself
+        kind = choose_attention(self.config.attention, S, ids.device)
+        if documents is not None or (T > 1 and (kind != "fused" or T < S)):
+            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
+        x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
@@ -360,7 +363,7 @@ def show_parts(config):
 
 
 def show_causality(config):
-    """Print the loss of a random model, -log P(next token), and whether it looks ahead."""
+    """Print the loss of a random model on random tokens, and whether it looks ahead."""
     V = config.vocab_size
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
     half = max(1, min(64, config.context // 2))
@@ -376,11 +379,11 @@ def show_causality(config):
 
 def draw_rope(config, path):
     """Draw how alike RoPE leaves two positions at a distance: for some pairs, and their mean."""
-    cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D)
+    cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D/2)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
                               title="RoPE: every fourth pair of numbers; black: the mean of all")
-    axis.plot(cosines[:, :config.head_width // 2:4], linewidth=1)
+    axis.plot(cosines[:, ::4], linewidth=1)
     axis.plot(cosines.mean(dim=1), "k")
     chapter1.save_figure(figure, path)
     print(f"drew {path}")

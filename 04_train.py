@@ -10,7 +10,7 @@ weight how the loss would change with it (the gradient), and move the weight a l
 
 Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
-        python 04_train.py --test             the best model on the test split: look once
+        python 04_train.py --test             the best model on all of val and test: look once
         python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
         torchrun --nproc-per-node=8 04_train.py --preset modern-124m
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
@@ -45,7 +45,8 @@ CourseError = chapter1.CourseError
 #   B  sequences of a micro-batch, R of a step     T  tokens of a sequence     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
 #   held-out      text that is never trained on: val to choose by, test for the very end
-# Device, precision and GPUs (Machine), checkpoint, log and Ctrl-C are tools, at the file's end.
+# Tools, at the file's end: Machine (`split` gives this process's micro-batches, `autocast` products
+# in 16 bits, `total` a sum over all GPUs), `rescue` (Ctrl-C, full memory), checkpoint and log.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt
 
 
@@ -60,7 +61,7 @@ def lr_scale(step, config):
 
 
 def train_naive(model, batch, config):
-    """Train a model and return its losses: what all of this file does, only not safely and fast."""
+    """Train a model and return its losses: the core of what `train` does safely and fast."""
     # AdamW moves the weights: how, the next section says. cross_entropy is the surprise: of logits
     # it makes probabilities, and takes minus the log of the one that the right token got.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
@@ -80,12 +81,16 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-class Objective(nn.Sequential):
-    """The model, held as self[0], and its loss: a sum for each of COLUMNS, all to be lowered."""
+class Objective(nn.Module):
+    """The model and its loss: a sum for each of COLUMNS, all to be lowered."""
     COLUMNS = ["loss"]  # names of the sums, in the log; a term of yours: one here, one in `sums`
 
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def forward(self, x, y, documents=None):
-        return self.sums(self[0](x, documents), y)                 # (B, T) -> (B, T, V) -> sums
+        return self.sums(self.model(x, documents), y)              # (B, T) -> (B, T, V) -> sums
 
     @staticmethod
     def sums(logits, y):
@@ -106,9 +111,9 @@ class Objective(nn.Sequential):
 def orthogonalise(matrices):
     """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
 
-    Newton-Schulz: of a matrix X with singular values s, a X + b (X X^T) X + c (X X^T)^2 X has the
-    singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between 0.01
-    and 1 to between 0.68 and 1.14: no decomposition is needed, and bfloat16 will do.
+    Newton-Schulz: where X = U s V^T, X X^T X is U s^3 V^T, so a X + b (X X^T) X + c (X X^T)^2 X has
+    the singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between
+    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
@@ -140,7 +145,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
-            update = orthogonalise(gradient.lerp(average, 0.95))   # the same again (Nesterov)
+            update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
             # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
             for p, change in zip(group["params"], update):
@@ -158,15 +163,15 @@ def make_optimizers(model, config):
     biases. These two alone are not pulled towards zero: a norm's usual weight is 1.
     """
     kind = OPTIMIZERS[config.optimizer]
-    matrices, tables, vectors = [], [], []
+    matrices, others, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
         elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
             matrices.append(p)
         else:
-            tables.append(p)
-    groups = [{"params": tables, "weight_decay": config.weight_decay},
+            others.append(p)
+    groups = [{"params": others, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
     if matrices:
@@ -190,7 +195,7 @@ KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
 class TrainingConfig:
     """How to train. Of all settings the learning rates matter most, so tune them first: try a third
     of them, and three times as much. Larger models want lower ones."""
-    steps: int = 2800  # updates of the weights; the learning rate reaches zero at the last
+    steps: int = 2800  # updates of the weights; the learning rate falls to zero after the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
     optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
@@ -218,14 +223,15 @@ class TrainingConfig:
                 raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
 
 
-def train(model, batch, config, machine, folder, judge, keep, saved=None):
+def train(model, batch, config, machine, folder, measure, keep, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
-    batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). judge(model) -> held-out
-    loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint to go on from.
+    batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). measure(model) ->
+    held-out loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint, or None.
     """
     optimizers = make_optimizers(model.train(), config)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
+    is_fp16 = machine.precision == "fp16"                          # else a scaler does nothing
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
     parts = {"model": model, "scaler": scaler, **optimizers}
     first = next(machine.split(batch(0), config.micro_batch))      # a micro-batch to compile with
     with rescue(len(first[0])) as interrupts:
@@ -259,12 +265,12 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
                 machine.total(tensor)
 
             # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the
-            #    gradient, of all weights as one vector, where it is longer than `clip`. An odd
-            #    batch makes it long, and one such step can undo hundreds.
+            #    gradient, of all weights as one vector, where it is longer than `clip`: an odd
+            #    batch makes it long, and would drown the optimizers' averages for many steps.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *losses, norm = torch.cat((losses, norm[None])).tolist()           # in one exchange
+            *losses, norm = torch.cat((losses, norm[None])).tolist()           # GPU to CPU, once
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -275,15 +281,15 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
             # 6. Log; now and then evaluate and save.
             row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
             add_row(log, row, model, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:                            # a larger factor heals itself
+            if scaler.get_scale() <= 1:                            # a larger one will be halved
                 refuse_nan(norm, log, folder)
             if (step + 1) % config.eval_every == 0 and machine.rank == 0:
-                take_stock(parts, log, config, folder, judge, keep)
+                take_stock(parts, log, config, folder, measure, keep)
             stops = bool(interrupts) or is_over(log, config)
             if machine.total(torch.tensor(float(stops))) > 0:      # of any process
                 break
         if machine.rank == 0 and "val_loss" not in log[-1]:
-            take_stock(parts, log, config, folder, judge, keep)
+            take_stock(parts, log, config, folder, measure, keep)
         machine.total(torch.zeros(1))                              # nobody leaves before rank 0
     if interrupts and len(log) < config.steps:
         print(f"stopped after step {len(log)} and saved: --resume goes on")
@@ -294,7 +300,7 @@ def train(model, batch, config, machine, folder, judge, keep, saved=None):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats per target, bits per byte) on sequences (N, 2 or 3, T): x, y, documents.
+    """Return (nats per target, bits per byte) on sequences (N, 2, T) of x and y (3: and documents).
 
     sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers.
     """
@@ -420,13 +426,13 @@ def main(config):
         x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def judge(model):
+    def measure(model):
         return evaluate(model, machine, texts["val"], sizes, config.eval_tokens)
 
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
 
-    train(model, batch, config, machine, folder, judge, keep, saved)
+    train(model, batch, config, machine, folder, measure, keep, saved)
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
 
 
@@ -498,7 +504,7 @@ def compile_objective(objective, micro_batch, machine):
     if not machine.compile:
         return objective
     print("compiling: up to half a minute")
-    for part in [*objective[0].layers, objective[0].norm]:
+    for part in [*objective.model.layers, objective.model.norm]:
         part.compile()
     objective.sums = torch.compile(objective.sums)
     torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
@@ -551,11 +557,11 @@ def is_over(log, config):
 #   log          read the same data again, and take a worse model for the best
 #   config       go on with other settings
 # Dropout and the order of the data follow from seed and step, and need no saving.
-def take_stock(parts, log, config, folder, judge, keep):
+def take_stock(parts, log, config, folder, measure, keep):
     """Evaluate the model, keep it if it is the best so far, and save the run."""
     model = parts["model"]
     with torch.compiler.set_stance("force_eager"):                 # only training is compiled
-        loss, bits = judge(model.eval())
+        loss, bits = measure(model.eval())
     model.train()
     refuse_nan(loss, log, folder)
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")

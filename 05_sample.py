@@ -34,7 +34,8 @@ chapter4 = import_module("04_train")
 CourseError = chapter1.CourseError
 
 # Legend
-#   V        vocabulary; logits (V) are the scores of all tokens; other letters: see chapter 3
+#   V        vocabulary; logits (V) are the scores of all tokens
+#   B texts, T new positions, S all so far, H heads, K heads with keys of their own, D numbers each
 #   stream   one text being written; each has random numbers of its own
 #   ends     ids that end a text
 #   message  {"role": "user", "assistant" or "system", "content": text}; a chat is a list of them
@@ -80,7 +81,8 @@ def keep_top_p(logits, p):
 
 
 def next_token(logits, config, generator=None):
-    """Choose an id: a pure function of scores (V), settings and the generator's state."""
+    """Draw an id (multinomial: one index, by these probabilities): a pure function of scores (V),
+    settings and the generator's state."""
     if config.temperature == 0:
         return int(logits.argmax())
     logits = logits / config.temperature
@@ -95,8 +97,8 @@ def next_token(logits, config, generator=None):
 def window_start(length, context):
     """Return where the model's view of a text of `length` tokens begins.
 
-    It sees `context` tokens at most, so the oldest drop out. The others then stand at new positions
-    and must all be read again: so half drop out at once, and rarely.
+    It sees `context` tokens at most, so the oldest drop out. What the others gathered from them is
+    in the cache below, and all must be read anew: so half drop out at once, and rarely.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -105,9 +107,9 @@ def window_start(length, context):
     return max(0, math.ceil((length - context) / half) * half)
 
 
-def as_batch(model, texts):
-    """Return lists of ids, of equal length, as a tensor (B, T) on the model's device."""
-    return torch.tensor(texts, device=model.embed_tokens.weight.device)
+def as_tensor(model, ids):
+    """Return ids as a tensor on the model's device."""
+    return torch.tensor(ids, device=model.embed_tokens.weight.device)
 
 
 @torch.inference_mode()                                        # no gradients are wanted here
@@ -117,7 +119,7 @@ def generate_naive(model, ids, config, vocab_size=None):
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
         seen = text[window_start(len(text), model.config.context):]
-        logits = model(as_batch(model, [seen]))[0, -1, :vocab_size]            # (V)
+        logits = model(as_tensor(model, [seen]))[0, -1, :vocab_size]            # (V)
         text.append(next_token(logits.cpu(), config, generator))
         yield text[-1]
 
@@ -127,8 +129,7 @@ class KVCache:
     """The keys and values of the `length` positions read so far.
 
     A new token changes nothing about those before it, as no position sees a later one: it only
-    looks at their keys and values. With these kept, the model reads each token just once. Grouped
-    heads pay off here: with K = H / 2, half as much is kept."""
+    looks at their keys and values. With these kept, the model reads each token just once."""
 
     def __init__(self, size):
         self.size = size                                       # of positions at most
@@ -154,32 +155,35 @@ def generate(model, prompts, config, vocab_size=None):
     device, whoever else is being written. Ids from vocab_size on only pad the model's table: none
     is drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
-    texts = as_batch(model, prompts)                                           # (B, T)
+    texts = as_tensor(model, prompts)                                           # (B, T)
     cache = None
     context = model.config.context
     for _ in range(config.max_tokens):
-        if cache is None or cache.length == context:           # at first, and when the view moves
+        if cache is None or cache.length == context:           # at first; when full, anew
             cache = KVCache(min(context, texts.shape[1] + config.max_tokens))
             unread = texts[:, window_start(texts.shape[1], context):]
         logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
         logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
-        unread = as_batch(model, new)[:, None]                 # (B, 1): the cache has the others
+        unread = as_tensor(model, new)[:, None]                 # (B, 1): all that is not in it
         texts = torch.cat((texts, unread), dim=1)
         yield new, logits
 
 
 def generate_all(model, prompts, config, ends, vocab_size=None):
     """Return the new ids of each of the prompts, which may differ in length: up to one of `ends`,
-    which stays, or max_tokens of them. Prompts of equal length are written together."""
+    which stays, or max_tokens of them. Prompts of equal length are written together (chapter 6)."""
     written = [[] for _ in prompts]
     for length in set(map(len, prompts)):
         group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        unfinished = set(group)
         for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
             for i, token in zip(group, new):
-                if ends.isdisjoint(written[i]):                # this one has not come to its end
+                if i in unfinished:
                     written[i].append(token)
-            if not any(ends.isdisjoint(written[i]) for i in group):
+                if token in ends:
+                    unfinished.discard(i)
+            if not unfinished:
                 break
     return written
 
@@ -202,16 +206,16 @@ def attention_maps(model, ids):
     maps = []
 
     def record(layer, inputs):
-        """Called with what an attention layer is about to read."""
+        """Called before each attention layer with what it is about to read."""
         x, angles, visible, _ = inputs
         q, k, _ = layer.project(x, angles)
         # With the rows of the identity as values, their weighted mean is the weights themselves.
-        unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)
+        unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
         weights = chapter3.attention(q, k, unit, visible, model.config.attention)
         maps.append(weights[0])                                    # (H, T, T)
 
     hooks = [block.self_attn.register_forward_pre_hook(record) for block in model.layers]
-    model(as_batch(model, [ids]))
+    model(as_tensor(model, [ids]))
     for hook in hooks:
         hook.remove()
     return torch.stack(maps)
@@ -219,7 +223,7 @@ def attention_maps(model, ids):
 
 def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
-    ids = ids[:64]                                             # more could not be read
+    ids = ids[:64]                                             # more labels would be too small
     maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
     L, H, T, _ = maps.shape                                    # H: four heads at most
     layers = sorted({0, L // 2, L - 1})                        # edit this to see others
@@ -243,7 +247,7 @@ def score(model, ids):
     """Return the bits that each of the ids costs, but for the first, which follows nothing. A token
     of probability p costs -log2 p: 0 bits if it was certain, 1 if it was one of two."""
     T = model.config.context                                   # the model sees T at a time
-    ids = as_batch(model, ids)
+    ids = as_tensor(model, ids)
     bits = []
     for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):           # (T) each
         logits = model(inputs[None])[0]                                        # (T, V)
@@ -297,20 +301,13 @@ def write(model, tokenizer, ids, config, ends):
     return written
 
 
-# What encode_chat writes, as a Jinja template, for transformers.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-
-
 def encode_chat(tokenizer, messages):
     """Return (ids, learnt) of a chat in ChatML; learnt marks the assistant's words and their end.
 
         <|im_start|>user
         Say hello.<|im_end|>
         <|im_start|>assistant
-        Hello!<|im_end|>                                       learnt: this line, but not its end
+        Hello!<|im_end|>                                       learnt, but for the line end
     """
     start = tokenizer.special_tokens[chapter1.CHAT_START]
     end = tokenizer.special_tokens[chapter1.CHAT_END]
@@ -415,6 +412,13 @@ def open_model(folder, device, context=0):
     if not isinstance(ends, list):
         ends = [ends]
     return model, tokenizer, set(ends) - {None}
+
+
+# What encode_chat writes, as a Jinja template, for transformers.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 
 def with_chat_tokens(model, tokenizer):

@@ -3,8 +3,8 @@
 The base model has only ever continued text. Now it reads conversations, written as one text with
 marks for who speaks (the ChatML template), and some of chapter 4's text, so that less is
 forgotten. Each conversation asks for a small function, made by a grammar: so there are as many as
-we like, and a program can judge any answer by running it. Only the answers count in the loss (what
-users ask is not for the model to guess), and the mark that ends each, to learn when to stop:
+we like, and a program can judge any answer by running it. Of a conversation only the answer counts
+in the loss (what users ask is not for the model to guess), and its end mark, to learn when to stop:
 
     <|im_start|>user Write add(a, b), the sum of a and b.<|im_end|> <|im_start|>assistant def add...
     --------------------------- read, but not learnt ------------------------------------ - learnt -
@@ -51,15 +51,18 @@ IGNORED = chapter4.IGNORED
 
 # Legend
 #   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
-#   learnt     for each id, whether it counts in the loss; encode_chat in chapter 5 makes both
+#   learnt     for each id, whether it counts in the loss
 #   entry      a line of the grammar below; a task is made of one, or of two, one in the other
+#              (a property, like "even", is not counted)
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-# Other letters: see chapter 4. Running answers is a tool, at the file's end.
+#   R  sequences of a step     T  tokens of a sequence
+# Running answers is a tool, at the file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
+# encode_chat in chapter 5 has made its ids, and said which of them are learnt: the loss mask.
 def columns_of(ids, learnt, number=0):
     """Return a column (id, target, number of the conversation) for each position but the last.
 
@@ -73,10 +76,8 @@ def columns_of(ids, learnt, number=0):
 
 
 def fill_up(sequences, T, filler):
-    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T.
-
-    With one conversation in each, most of it is filler, computed for nothing.
-    """
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. The
+    plain way is one conversation in each: then most of it is filler, computed for nothing."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
@@ -120,10 +121,16 @@ def show_mask(tokenizer, ids, learnt):
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# A line is a kind of task: what it returns, its code, its description. Add yours here, and that is
-# all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots: another line of its
-# kind fills them, a constant, or a parameter (the three tables below the grammar say which). Lines
-# with a star stand in no other line, as they could be misread: "the square of x plus 7".
+# Below, a line is a kind of task: what it returns, its code, its description. Add yours there, and
+# that is all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots: N, M, L, T
+# are parameters; X, Y, Z may be another line instead, P and Q always are; C, K, S, W are constants,
+# most often. Lines with a star stand in no other line, as they could be misread: "the square of x
+# plus 7".
+KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
+         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
+         "P": "property", "Q": "question"}
+OTHER_LINES = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
+CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -204,11 +211,6 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
-         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
-         "P": "property", "Q": "question"}
-OTHER_LINES = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often they fill a slot
-CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
 SLOT = rf"\b[{''.join(KINDS)}]\b"
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
@@ -251,14 +253,14 @@ def compose(entry, task, names, chooser):
     for slot in re.findall(SLOT, words):
         is_open = slot in "PQ" or len(task.parts) == 1         # two in one are enough
         if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
-            others = [other for other in ENTRIES if other.kind == KINDS[slot]]
+            others = [other for other in ENTRIES if other.kind == KINDS[slot]]     # none has a star
             part = chooser.choice([other for other in others if other.code not in task.parts])
             if slot != "P":
                 task.parts.append(part.code)
             code, text = compose(part, task, names, chooser)
-            if slot == "P" and "N" in codes:                   # whether N is even
+            if slot == "P" and "N" in codes:                   # "even" speaks of an item; here of N
                 code = re.sub(r"\bitem\b", codes["N"], code)
-            if slot not in "PQ":
+            if slot not in "PQ":                               # which stand within a line
                 task.lines.append(f"part = {code}")
                 code = "part"
             codes[slot] = code
@@ -280,10 +282,11 @@ def header_of(task):
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it.
 
-    noise: words that take the place of some others, or of all. From them a model learns to look for
-    the header and the description, wherever they stand, and not to lean on the rest.
+    noise: words that take the place of some others, or of all, "Bytes a turbo add(a, b) with raise
+    the sum of a and b." So a model learns to look for the header and the description, wherever they
+    stand, and not to lean on the rest.
     """
-    share = chooser.choice([0, 0, 0.2, 0.5, 1])
+    share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
     header = header_of(task).removeprefix("def ").removesuffix(":")
     fixed = {"HEADER": header, "ANSWER": task.description}
     words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
@@ -302,7 +305,7 @@ def draw_task(names, phrasings, noise, chooser):
     name, second, *parameters = chooser.sample(names, 8)
     if chooser.random() < 0.15:
         name = f"{name}_{second}"
-    if chooser.random() < 0.25:
+    if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name, [entry.code])
     code, task.description = compose(entry, task, parameters, chooser)
@@ -319,7 +322,7 @@ def draw_task(names, phrasings, noise, chooser):
 
 # ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
-    """Tell whether a name, or a constant of an entry, is held out: an eighth is, by a hash."""
+    """Tell whether (name), or (entry's code, constant), is held out: an eighth is, by a hash."""
     return zlib.crc32(repr(what).encode()) % 8 == 0
 
 
@@ -329,26 +332,29 @@ def is_new_pair(parts):
     return len(parts) == 2 and (places[0] + places[-1]) % 8 == 0
 
 
-def draw_tasks(words, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Return tasks in which nothing is held out, but for `new`: "constants" or "combinations"."""
+def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
+    """Return tasks in which nothing is held out, but what `new` says: constants or combinations."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
     tasks = []
     while len(tasks) < count:
-        task = draw_task(words, lines, noise, chooser)
-        has_new_constant = any(is_held_out(*constant) for constant in task.constants)
-        news = (has_new_constant, is_new_pair(task.parts))
-        if news == (new == "constants", new == "combinations"):
+        task = draw_task(names, lines, noise, chooser)
+        found = []
+        if any(is_held_out(*constant) for constant in task.constants):
+            found.append("constants")
+        if is_new_pair(task.parts):
+            found.append("combinations")
+        if found == list(new):
             tasks.append(task)
     return tasks
 
 
-def held_out_tasks(words, new_words, count, seed):
-    """Return {what is new in them: tasks}: one thing is new in each, all else is as in training."""
-    return {"new names": draw_tasks(new_words, count, seed),
-            "new constants": draw_tasks(words, count, seed + 1, new="constants"),
-            "new combinations": draw_tasks(words, count, seed + 2, new="combinations"),
-            "new phrasings": draw_tasks(words, count, seed + 3, NEW_PHRASINGS)}
+def held_out_tasks(names, new_names, count, seed):
+    """Return {what is new in them: tasks}: in each one thing, all else is of what training has."""
+    return {"new names": draw_tasks(new_names, count, seed),
+            "new constants": draw_tasks(names, count, seed + 1, new=["constants"]),
+            "new combinations": draw_tasks(names, count, seed + 2, new=["combinations"]),
+            "new phrasings": draw_tasks(names, count, seed + 3, NEW_PHRASINGS)}
 
 
 def conversation_of(task):
@@ -357,28 +363,37 @@ def conversation_of(task):
             {"role": "assistant", "content": task.source}]
 
 
-def split_words(tokenizer):
+def split_names(tokenizer):
     """Return (names to learn with, names held out, words for noise) out of Python's train modules.
 
-    Half of the names to learn with are made up of two tokens: what was never copied in training is
-    hard to copy, and so each token should come up in some name.
+    A token that was never copied in training is hard to copy: so each also comes in a name made up
+    of two, and a name is held out only if those to learn with have all of its tokens.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
-    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    common = {word for word in counts if re.fullmatch("[a-z]{3,}", word) and counts[word] > 7}
-    names = sorted(common - used)
-    new = [name for name in names if is_held_out(name)]
-    pieces = [token.decode().strip(" _") for token in tokenizer.tokens
-              if re.fullmatch(rb"[ _]?[a-z]+", token)]
+    starts = [token.decode()[1:] for token in tokenizer.tokens if re.fullmatch(b" [a-z]+", token)]
+    ends = [token.decode() for token in tokenizer.tokens if re.fullmatch(b"[a-z]+", token)]
     chooser = random.Random(0)
-    made_up = {"".join(chooser.sample(pieces, 2)) for _ in names}
-    learnt = sorted(name for name in made_up.union(names) - used if not is_held_out(name))
-    not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}      # the latter say what to compute
-    noise = [word for word in counts.elements() if word not in not_noise]
-    return learnt, new, noise
+    made_up = [start + chooser.choice(ends) for start in starts]
+    made_up += [chooser.choice(starts) + end for end in ends]
+    common = [word for word in sorted(counts) if counts[word] > 7]             # of 442 modules
+    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
+    names = [word for word in dict.fromkeys(common + made_up)
+             if re.fullmatch("[a-z]{3,}", word) and word not in used]
+    to_learn = [name for name in names if not is_held_out(name)]
+
+    def tokens_of(name):
+        """A token may hold what is before a name, too: " ", "(" or "_"."""
+        return set(tokenizer.encode(f" {name}({name}_{name}"))
+
+    known = set().union(*map(tokens_of, to_learn))
+    new = [name for name in names if is_held_out(name) and name in counts]
+    new = [name for name in new if tokens_of(name) <= known]
+    not_noise = {*filter(is_held_out, names), *re.findall("[a-z]{5,}", GRAMMAR)}
+    noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
+    return to_learn, new, noise
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
@@ -488,7 +503,8 @@ def lora_formula(x, weight, a, b):
 
 
 class LoRA(nn.Module):
-    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made."""
+    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made.
+    (Libraries scale B A by alpha / r; here that is 1.)"""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -536,7 +552,7 @@ def merge_lora(model):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
     steps: int = 2400  # updates of the weights
-    lr: float = 2e-3  # AdamW's learning rate: a third of chapter 4's, so that less is forgotten
+    lr: float = 2e-3  # AdamW's, a third of chapter 4's: embeddings forget most; Muon's stays
     eval_every: int = 1200  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
@@ -591,7 +607,7 @@ def hold_out(conversations):
 
 def make_conversations(config, tokenizer):
     """Return (conversations to learn from, {what is new: held-out tasks})."""
-    names, new_names, noise = split_words(tokenizer)
+    names, new_names, noise = split_names(tokenizer)
     to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
     tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
     return [conversation_of(task) for task in to_learn], tasks
@@ -616,13 +632,13 @@ def main(config):
         conversations = chapter2.open_conversations(config.conversations, out / "downloads")
     else:
         conversations, tasks = make_conversations(config, tokenizer)
-    learnt, held_out = hold_out(conversations)
-    examples = encode_fitting(learnt, tokenizer, model.config.context)
+    to_learn, val = hold_out(conversations)
+    examples = encode_fitting(to_learn, tokenizer, model.config.context)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
     longest = max(len(ids) for ids, _ in examples)
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
-    held_out = pack(encode_fitting(held_out, tokenizer, T), T, end)            # (N, 3, T)
+    val = pack(encode_fitting(val, tokenizer, T), T, end)      # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
     examples += pieces_of(text, T, len(examples))              # so that less of it is forgotten
 
@@ -630,14 +646,15 @@ def main(config):
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # as is usual for adapters
         add_lora(model, config.lora_rank)
-        model.embed_tokens.requires_grad_(bool(added))         # new tokens have to be learnt
+        for table in filter(None, [model.embed_tokens, model.lm_head]):
+            table.requires_grad_(bool(added))                  # new tokens have to be learnt
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
     batch = batches_of(examples, max(1, config.batch_tokens // T), T, end, config.seed)
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
 
     def measure(model):
-        return chapter4.surprise(model, machine, held_out, sizes)
+        return chapter4.surprise(model, machine, val, sizes)
 
     def keep(model):
         template = chapter5.CHAT_TEMPLATE

@@ -67,7 +67,7 @@ def measure(dtype, T, config, device):
     inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv"]
     works, found = {}, {}
     for kind in KINDS:
-        visible = chapter3.who_sees(T, T, device=device, kind=kind)            # as GPT.forward does
+        visible = None if kind == "fused" else chapter3.who_sees(T, T, device=device)            # as GPT.forward does
         function = partial(chapter3.attention, visible=visible, kind=kind)
         works[kind] = partial(step, torch.compile(function, dynamic=False) if config.compile else function, inputs)
     for kind, work in list(works.items()):

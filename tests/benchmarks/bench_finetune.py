@@ -242,7 +242,7 @@ def main():
     device = chapter4.choose_device(flags.device)
     base, tokenizer, base_ends = chapter5.open_model(run["init"] or flags.out / "base", device)
     tuned, tokenizer_of_chat, ends = chapter5.open_model(flags.out / "chat", device)
-    words, new_words, noise = chapter6.split_words(tokenizer_of_chat)
+    words, new_words, noise = chapter6.split_names(tokenizer_of_chat)
     tasks = chapter6.held_out_tasks(words, new_words, flags.tasks, seed)
     if flags.transformers:
         return compare_with_transformers(flags.out / "chat", list(chain.from_iterable(tasks.values()))[::4][:flags.transformers])
