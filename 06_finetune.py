@@ -144,7 +144,7 @@ number*   | N - W                     | {N minus W|N decreased by W}
 number*   | N * W                     | {N times W|N multiplied by W}
 number    | X ** 2                    | the square of X
 number    | abs(X)                    | the absolute value of X
-number    | sum(Y)                    | the {sum|total} of {the|all} {items|elements} {of|in} Y
+number    | sum(Y)                    | the {sum|total} of {|the items of |all elements in }Y
 number    | max(Y)                    | the {largest|biggest|greatest} {item|element} {of|in} Y
 number    | min(Y)                    | the {smallest|lowest} {item|element} {of|in} Y
 number    | len(Y)                    | the number of {items|elements} {of|in} Y
@@ -184,7 +184,6 @@ text      | Z[:S]                     | the first S {characters|letters} {of|in}
 text      | Z[-S:]                    | the last S {characters|letters} {of|in} Z
 text*     | Z * S                     | S copies of Z
 text*     | T + Z                     | {T followed by Z|T joined with Z}
-loop | for item in L:/    total += item ** 2 | the sum of the squares of the items {of|in} L
 loop | for item in L:/    if P:/        total += 1 | how many {items|elements} {of|in} L are P
 loop | for item in L:/    if P:/        total += item | the sum of the items {of|in} L that are P
 loop | for item in Z:/    if item.lower() in 'aeiou':/        total += 1 | the number of vowels in Z
