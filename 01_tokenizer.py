@@ -106,8 +106,8 @@ def learn_merges_naive(chunks, how_many):
 # corrects the counts there. Tokens never move: a long one's id stands at its first and last byte,
 # where its neighbours look for it.
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
-#     ids             GAP    l    o    w    e  GAP          (GAP, l), (l, o), (o, w) occur once less
-#     after (l, o)    GAP   lo   lo    w    e  GAP          (GAP, lo), (lo, w) once more
+#     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
+#     after (l, o)    GAP   lo   lo    w    e  GAP          (lo, w) once more
 #     after (lo, w)   GAP  low  GAP  low    e  GAP          in the middle no token begins
 GAP = -1  # no token begins here
 
@@ -118,7 +118,7 @@ def learn_merges(chunks, how_many):
     ids = [GAP]
     times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
-    changes = Counter()                          # {pair: what to add to counts after a merge}
+    changes = Counter()                          # {pair: what step 2 adds to counts; at first, all}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     for chunk, n in chunks.items():
         piece = chunk.encode()
@@ -135,7 +135,7 @@ def learn_merges(chunks, how_many):
         # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
-            if counts[pair] > 0 and GAP not in pair:
+            if counts[pair] > 0 and GAP not in pair:       # those with a gap are never merged
                 heapq.heappush(queue, (-counts[pair], pair))
         changes.clear()
         if not queue:
@@ -155,8 +155,8 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # where the two met; of two bytes, both are...
-            ids[i] = ids[end - 1] = new          # ... written over at once
+            ids[middle - 1] = ids[middle] = GAP  # where the two met
+            ids[i] = ids[end - 1] = new          # last: of two bytes, these are the same places
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
             changes[right, after] -= n
@@ -180,7 +180,7 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # How it is called, each maker decides.
+        # Each maker calls it otherwise; the first that fits is the end of a text.
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.end = next(ends, None)
         self.first = read_first(data, self.special_tokens)
@@ -197,8 +197,8 @@ class Tokenizer:
             return [self.tokens[whole]]
         ids = [self.tokens[bytes([byte])] for byte in whole]
         # The neighbours that have a merge, until there are none:
-        while known := self._becomes.keys() & zip(ids, ids[1:]):
-            pair = min(known, key=self._becomes.get)               # the one learnt first
+        while mergeable := self._becomes.keys() & zip(ids, ids[1:]):
+            pair = min(mergeable, key=self._becomes.get)           # the one learnt first
             _, new = self._becomes[pair]
             ids = merge(ids, pair, new)
         return ids

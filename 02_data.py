@@ -135,8 +135,8 @@ def get_batch(tokens, step, B, T, seed=0):
     A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
     be saved when training stops or restored when it goes on, and any step can be looked at again.
     The split is cut into `count` sequences of T tokens, and an epoch reads each once. A step reads
-    B of them: with B = 4, step 2 reads n = 8 to 11. If count is 5, n = 8 is i = 3 of epoch 1, whose
-    order says which sequence that is. Raises CourseError if there is not even one.
+    B of them: with B = 4, step 2 reads n = 8 to 11. If count is 5, n = 8 is place 3 in the order of
+    epoch 1. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
@@ -147,8 +147,8 @@ def get_batch(tokens, step, B, T, seed=0):
                           f"{T:,} (+ 1): use more text or a smaller --context")
     sequences = []
     for n in range(step * B, (step + 1) * B):
-        epoch, i = divmod(n, count)
-        start = T * sequence_order(count, seed, epoch)[i]
+        epoch, place = divmod(n, count)
+        start = T * sequence_order(count, seed, epoch)[place]
         sequences.append(tokens[start:start + T + 1])          # one more, for the last target
     ids = np.stack(sequences).astype(np.int64)                 # (B, T + 1)
     return ids[:, :-1], ids[:, 1:]                             # (B, T) each
@@ -240,7 +240,7 @@ def main(config):
 
 # ---- Tools: for later chapters -------------------------------------------------------------------
 def matching_tokens(folder, split, tokenizer):
-    """Return the tokens of a split; none where there are none, or those of another tokenizer."""
+    """Return the tokens of a split; none if there are none, or another tokenizer made them."""
     if not (folder / "meta.json").exists():
         return np.zeros(0, np.uint16)
     tokens, meta = open_tokens(folder, split)

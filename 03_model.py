@@ -3,7 +3,7 @@
 Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
 between stands a stack of equal blocks. In each, attention lets a position gather what it needs from
 those before it, and the MLP, a small network, thinks about what was gathered. Both only add to a
-running sum, the residual stream x, so that no block can lose what an earlier one has found:
+running sum, the residual stream x: what a block does not change stays as earlier ones left it:
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
                                          |                       ^  |                 ^
@@ -68,7 +68,8 @@ def who_sees(T, S, documents=None, device=None):
     """Return the causal mask (T, S), True where one may look; the last T of S positions ask.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text, it sees its own text only: one mask per sequence.
+    `documents` (B, S), a number per text (chapter 6 puts several short ones into a sequence), it
+    sees its own text only: one mask per sequence.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
@@ -82,7 +83,7 @@ def who_sees(T, S, documents=None, device=None):
 
 
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
-# At the default context of 256, the formula is all that runs: skip the blocks on a first reading.
+# At the default context of 256, the formula is all that runs: skip this function at first.
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, each time with the keys up to
     the last of them: the scores of later ones, half of all (T, S), would be thrown away anyway."""
@@ -105,8 +106,8 @@ def choose_attention(kind, S, device):
 
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
-    a mask nothing is hidden, but with "fused" what comes later, where T = S."""
-    kind = choose_attention(kind, k.shape[2], q.device)        # the same choice as for the mask
+    a mask all is seen; but "fused" with T = S then hides what comes later."""
+    kind = choose_attention(kind, k.shape[2], q.device)        # GPT.forward chooses alike
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
@@ -139,7 +140,7 @@ def rotate(heads, cos, sin):
     """Turn queries or keys (B, H, T, D); x is the first half of the D numbers, y the second."""
     x, y = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
     turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)         # (B, H, T, D)
-    return turned.type_as(heads)
+    return turned.type_as(heads)                                   # cos and sin are float32
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
@@ -229,7 +230,8 @@ class Attention(nn.Module):
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
         into_heads = (-1, self.config.head_width)
-        q = self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, H, T, D)
+        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
+        q = self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
         v = self.v_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
         q = self.q_norm(q)
@@ -249,7 +251,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
-    a gate, a third matrix says how much of each number gets through."""
+    a gate, a third matrix makes numbers that are bent instead, and these multiply the others."""
 
     def __init__(self, config):
         super().__init__()
@@ -289,7 +291,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Not in GPTConfig: chapter 4 has one before it knows the vocabulary (0 until then).
+        # Checked here, as the vocabulary is 0 until chapter 4 knows it.
         if min(config.vocab_size, config.context, config.layers) < 1:
             raise CourseError(f"--vocab-size {config.vocab_size}, --context {config.context}, "
                               f"--layers {config.layers}: each must be at least 1")
@@ -322,9 +324,10 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        visible = None                           # where one query sees all, or "fused" masks itself
         kind = choose_attention(self.config.attention, S, ids.device)
-        if documents is not None or (T > 1 and (kind != "fused" or T < S)):
+        masks_itself = kind == "fused" and T == S
+        visible = None                                             # a lone query sees all
+        if documents is not None or (T > 1 and not masks_itself):
             visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions is not None:

@@ -47,7 +47,7 @@ CourseError = chapter1.CourseError
 #   held-out      text that is never trained on: val to choose by, test for the very end
 # Tools, at the file's end: Machine (`split` gives this process's micro-batches, `autocast` products
 # in 16 bits, `total` a sum over all GPUs), `rescue` (Ctrl-C, full memory), checkpoint and log.
-IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt
+IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt, in chapter 6
 
 
 # ---- Training, by its definition -----------------------------------------------------------------
@@ -69,8 +69,7 @@ def train_naive(model, batch, config):
     for step in range(config.steps):
         x, y = batch(step)                                         # inputs, targets: (R, T) each
         logits = model(x)                                          # (R, T) -> (R, T, V)
-        nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-        loss = nats / y.numel()
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())  # (R T, V), (R T) -> mean, nats
         loss.backward()                                            # adds each gradient to .grad
         for group in optimizer.param_groups:
             group["lr"] = config.lr * lr_scale(step, config)
@@ -82,8 +81,8 @@ def train_naive(model, batch, config):
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
 class Objective(nn.Module):
-    """The model and its loss: a sum for each of COLUMNS, all to be lowered."""
-    COLUMNS = ["loss"]  # names of the sums, in the log; a term of yours: one here, one in `sums`
+    """The model and its loss. A second term of yours is one more name, and one more sum."""
+    COLUMNS = ["loss"]  # names of the sums, in the log
 
     def __init__(self, model):
         super().__init__()
@@ -105,9 +104,10 @@ class Objective(nn.Module):
 #   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    sees that a matrix maps directions to directions; its singular values say how strongly.
-#           In a gradient, a few directions drown all others. Muon averages the last gradients (that
-#           is momentum) and makes all directions equally strong, so that rare ones are learnt too.
+#   Muon    sees that a matrix turns a vector, stretches it along some directions (by its singular
+#           values s: U s V^T) and turns it again. In a gradient, a few directions drown all others.
+#           Muon averages the last gradients (that is momentum) and makes all directions equally
+#           strong, so that rare ones are learnt too.
 def orthogonalise(matrices):
     """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
 
@@ -226,17 +226,18 @@ class TrainingConfig:
 def train(model, batch, config, machine, folder, measure, keep, saved=None):
     """Train a model and return its log, a list of rows for log.csv.
 
-    batch(step) -> x, y and perhaps documents (see chapter 3), each (R, T). measure(model) ->
+    batch(step) -> x, y and perhaps documents (chapter 6), each (R, T). measure(model) ->
     held-out loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint, or None.
     """
-    optimizers = make_optimizers(model.train(), config)
+    model.train()                                                  # with dropout
+    optimizers = make_optimizers(model, config)
     is_fp16 = machine.precision == "fp16"                          # else a scaler does nothing
     scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
     parts = {"model": model, "scaler": scaler, **optimizers}
-    first = next(machine.split(batch(0), config.micro_batch))      # a micro-batch to compile with
-    with rescue(len(first[0])) as interrupts:
+    sample = next(machine.split(batch(0), config.micro_batch))     # a micro-batch to compile with
+    with rescue(len(sample[0])) as interrupts:                     # Ctrl-C fills that list
         log = restore(parts, saved, config) if saved else []       # a row for each step
-        objective = compile_objective(Objective(model), first, machine)
+        objective = compile_objective(Objective(model), sample, machine)
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -250,7 +251,7 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
             # 2. The gradients of all micro-batches add up to that of the whole step. Each loss is a
             #    sum over targets, divided by the targets of the step: a mean of means would give a
             #    micro-batch with few targets the weight of a full one.
-            whole = batch(step)                                    # x, y, documents: (R, T) each
+            whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
             for micro_batch in machine.split(whole, config.micro_batch):
@@ -259,7 +260,7 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
-            # 3. So do those of several GPUs, which had other sequences of the same step.
+            # 3. Several GPUs had other sequences of this step: add theirs, too.
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             for tensor in [losses, *gradients]:
                 machine.total(tensor)
@@ -281,7 +282,7 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
             # 6. Log; now and then evaluate and save.
             row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
             add_row(log, row, model, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:                            # a larger one will be halved
+            if scaler.get_scale() <= 1:                            # above, the step was left out
                 refuse_nan(norm, log, folder)
             if (step + 1) % config.eval_every == 0 and machine.rank == 0:
                 take_stock(parts, log, config, folder, measure, keep)
@@ -300,9 +301,10 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats per target, bits per byte) on sequences (N, 2, T) of x and y (3: and documents).
+    """Return (nats per target, bits per byte) on sequences (N, 2, T) of x and y; or (N, 3, T).
 
-    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers.
+    The third are chapter 6's documents. sizes (V,): bytes of text of each token. Bits per byte can
+    be compared between tokenizers.
     """
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
@@ -383,7 +385,7 @@ def main(config):
         return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
-        print(f"this run replaces the one in {folder}, once it is evaluated: --out keeps both")
+        print(f"this run replaces the one in {folder}, once it is evaluated: to keep both, copy {out}")
 
     # 1. The text, and the tokenizer that it was encoded with.
     source = config.init or out / "tokenizer"
@@ -403,7 +405,7 @@ def main(config):
         V = max(config.vocab_size, tokenizer.vocab_size)
         config.vocab_size = math.ceil(V / 64) * 64                 # 64: for speed
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
-    vars(config).update(vars(model.config))                        # the shape as it came out
+    vars(config).update(vars(model.config))                        # zeros filled in, to be saved
     model.to(machine.device).eval()
     saved = read_checkpoint(folder) if config.resume else None
     if saved:
@@ -411,6 +413,8 @@ def main(config):
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
         for split in ("val", "test"):
+            if not len(texts[split]):                              # of fewer than 20 documents
+                return print(f"there is no {split} split: the text is too short for one")
             loss, bits = evaluate(model, machine, texts[split], sizes)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return

@@ -40,29 +40,10 @@ CourseError = chapter1.CourseError
 #   ends     ids that end a text
 #   message  {"role": "user", "assistant" or "system", "content": text}; a chat is a list of them
 # `open_model` is a tool: it stands at the file's end.
-CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
-
-
-@dataclass
-class Config:
-    model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
-    prompt: str = "class"  # text to go on from; no space at its end: most tokens begin with theirs
-    max_tokens: int = 200  # tokens to write at most
-    temperature: float = 0.8  # 0 takes the likeliest, more is livelier; to chat, the default is 0.2
-    top_k: int = 0  # draw among the k likeliest only (0: all)
-    top_p: float = 1.0  # draw among the likeliest that together have this probability (1: all)
-    samples: int = 1  # write so many texts after the same prompt: each draws other tokens
-    seed: int = 1  # which random numbers the first text draws by; the others by seed + 1, + 2, ...
-    chat: bool = False  # talk with it: /reset forgets, Ctrl-D ends
-    explain: bool = False  # show the five likeliest tokens at each position, and the entropy
-    score: str = ""  # show where this text file surprises the model, and bits per byte
-    heatmap: str = ""  # draw the attention over the prompt's tokens to this file
-    device: str = ""  # cpu, cuda, mps (default: the fastest there is)
-    out: str = "out"  # root folder of the course
 
 
 # ---- From scores to one token --------------------------------------------------------------------
-# softmax(scores)    .50 .30 .15 .05      each is e^score over the sum of all e^score
+# softmax(scores)    .50 .30 .15 .05      of four tokens: e^score over the sum of all e^score
 # temperature 0.5    .68 .25 .06 .01      the scores over 0.5: so all to the power of 1 / 0.5
 # temperature 2      .38 .29 .21 .12
 # top-k 3            .53 .32 .16   0      the three likeliest
@@ -97,8 +78,8 @@ def next_token(logits, config, generator=None):
 def window_start(length, context):
     """Return where the model's view of a text of `length` tokens begins.
 
-    It sees `context` tokens at most, so the oldest drop out. What the others gathered from them is
-    in the cache below, and all must be read anew: so half drop out at once, and rarely.
+    It sees `context` tokens at most, so the oldest drop out: half of them at once, as the cache
+    below must then be read anew, and this keeps that rare.
 
     >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -114,7 +95,8 @@ def as_tensor(model, ids):
 
 @torch.inference_mode()                                        # no gradients are wanted here
 def generate_naive(model, ids, config, vocab_size=None):
-    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text."""
+    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text. Ids
+    from vocab_size on only pad the model's table: none is drawn."""
     text = list(ids)
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
@@ -151,9 +133,9 @@ class KVCache:
 def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
-    prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: so alike on any
-    device, whoever else is being written. Ids from vocab_size on only pad the model's table: none
-    is drawn. The caller knows which streams have ended, and when to stop asking."""
+    prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: the same random
+    numbers on any device, and whatever else is written. The caller knows which streams have ended,
+    and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     texts = as_tensor(model, prompts)                                           # (B, T)
     cache = None
@@ -165,14 +147,14 @@ def generate(model, prompts, config, vocab_size=None):
         logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
         logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
-        unread = as_tensor(model, new)[:, None]                 # (B, 1): all that is not in it
+        unread = as_tensor(model, new)[:, None]                 # (B, 1): all that the cache lacks
         texts = torch.cat((texts, unread), dim=1)
         yield new, logits
 
 
 def generate_all(model, prompts, config, ends, vocab_size=None):
-    """Return the new ids of each of the prompts, which may differ in length: up to one of `ends`,
-    which stays, or max_tokens of them. Prompts of equal length are written together (chapter 6)."""
+    """Return the new ids of each of the prompts, which may differ in length: each stops after one
+    of `ends`, which it keeps, or max_tokens. Those of equal length are written together."""
     written = [[] for _ in prompts]
     for length in set(map(len, prompts)):
         group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
@@ -356,6 +338,27 @@ def chat(model, tokenizer, config, ends):
 
 
 # ---- The script ----------------------------------------------------------------------------------
+CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
+
+
+@dataclass
+class Config:
+    model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
+    prompt: str = "class"  # text to go on from; no space at its end: most tokens begin with theirs
+    max_tokens: int = 200  # tokens to write at most
+    temperature: float = 0.8  # 0 takes the likeliest, more is livelier; to chat, the default is 0.2
+    top_k: int = 0  # draw among the k likeliest only (0: all)
+    top_p: float = 1.0  # draw among the likeliest that together have this probability (1: all)
+    samples: int = 1  # write so many texts after the same prompt: each draws other tokens
+    seed: int = 1  # which random numbers the first text draws by; the others by seed + 1, + 2, ...
+    chat: bool = False  # talk with it: /reset forgets, Ctrl-D ends
+    explain: bool = False  # show the five likeliest tokens at each position, and the entropy
+    score: str = ""  # show where this text file surprises the model, and bits per byte
+    heatmap: str = ""  # draw the attention over the prompt's tokens to this file
+    device: str = ""  # cpu, cuda, mps (default: the fastest there is)
+    out: str = "out"  # root folder of the course
+
+
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
     for group in ("chat score heatmap samples", "chat score prompt"):

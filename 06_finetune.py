@@ -10,7 +10,7 @@ in the loss (what users ask is not for the model to guess), and its end mark, to
     --------------------------- read, but not learnt ------------------------------------ - learnt -
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
-        python 06_finetune.py --show-mask                  one example with what is learnt marked
+        python 06_finetune.py --show-mask                  what is learnt of one (noise on purpose)
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers
         python 06_finetune.py --lora-rank 8                trains thin adapters, not all weights
 Prints: how many answers, run on test inputs, return what they should, and what went wrong (pass@1:
@@ -57,14 +57,14 @@ IGNORED = chapter4.IGNORED
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-#   R  sequences of a step     T  tokens of a sequence
-# Running answers is a tool, at the file's end.
+#   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar, slots)
+# `split_names` (which names are held out) and `run_answer` are tools, at the file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
 # encode_chat in chapter 5 has made its ids, and said which of them are learnt: the loss mask.
-def columns_of(ids, learnt, number=0):
-    """Return a column (id, target, number of the conversation) for each position but the last.
+def columns_of(ids, learnt, document=0):
+    """Return a column (id, target, number of the document) for each position but the last.
 
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
@@ -72,7 +72,7 @@ def columns_of(ids, learnt, number=0):
     [(7, -100, 0), (8, 9, 0)]
     """
     targets = [i if is_learnt else IGNORED for i, is_learnt in zip(ids, learnt)]
-    return [(i, target, number) for i, target in zip(ids, targets[1:])]
+    return [(i, target, document) for i, target in zip(ids, targets[1:])]
 
 
 def fill_up(sequences, T, filler):
@@ -90,8 +90,8 @@ def pack(examples, T, filler):
     distances count, so that it does not matter where in a sequence one begins.
     """
     sequences = []
-    for number, (ids, learnt) in enumerate(examples):
-        columns = columns_of(ids, learnt, number)
+    for document, (ids, learnt) in enumerate(examples):
+        columns = columns_of(ids, learnt, document)
         # Only the last eight are looked at: with all, it would take long and hardly fill more.
         with_room = [sequence for sequence in sequences[-8:] if len(sequence) + len(columns) <= T]
         if with_room:
@@ -107,8 +107,8 @@ def batches_of(examples, R, T, filler, seed):
     sequences = pack(shuffled, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        numbers = torch.arange(step * R, (step + 1) * R) % len(sequences)      # again and again
-        return sequences[numbers].unbind(1)                    # (R, T) each
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # again and again
+        return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
 
@@ -120,12 +120,69 @@ def show_mask(tokenizer, ids, learnt):
     print(f"{sum(learnt)} of {len(ids)} tokens are learnt")
 
 
+# ---- LoRA: thin adapters instead of all weights --------------------------------------------------
+# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
+# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
+# and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
+# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
+def lora_formula(x, weight, a, b):
+    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
+    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
+    return x @ changed.T
+
+
+class LoRA(nn.Module):
+    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made.
+    (Libraries scale B A by alpha / r; here that is 1.)"""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        out, size = linear.weight.shape
+        self.linear = linear                     # frozen
+        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
+
+    def forward(self, x):
+        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
+
+
+def find_layers(model, kind):
+    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
+    found = []
+    for module in model.layers.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, kind):
+                found.append((module, name, layer))
+    return found
+
+
+def add_lora(model, rank):
+    """Freeze a model, and put an adapter beside each linear layer of its blocks."""
+    model.requires_grad_(False)
+    for module, name, linear in find_layers(model, nn.Linear):
+        setattr(module, name, LoRA(linear, rank))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Return a model with the adapters, if it has any, added into its weights for good."""
+    if not find_layers(model, LoRA):
+        return model
+    merged = copy.deepcopy(model)
+    for module, name, lora in find_layers(merged, LoRA):
+        lora.linear.weight += lora.b @ lora.a
+        setattr(module, name, lora.linear)
+    return merged
+
+
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # Below, a line is a kind of task: what it returns, its code, its description. Add yours there, and
-# that is all. {a|b} is a or b, a "/" parts the lines of a loop, and capitals are slots: N, M, L, T
-# are parameters; X, Y, Z may be another line instead, P and Q always are; C, K, S, W are constants,
-# most often. Lines with a star stand in no other line, as they could be misread: "the square of x
-# plus 7".
+# that is all, if the judge allows what it uses. {a|b} is a or b, a "/" parts the lines of a loop,
+# and capitals are slots: N, M, L, T are parameters; X, Y, Z may be another line instead, P and Q
+# always are; C is a letter, K a number, S a small one (K and S now and then parameters), W a number
+# or another line. Lines with a star stand in no other line, as they could be misread: "the square
+# of x plus 7".
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
          "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
          "P": "property", "Q": "question"}
@@ -241,10 +298,10 @@ def fill(text, values):
 def compose(entry, task, names, chooser):
     """Return (code, description) of an entry, its slots filled; the task notes with what.
 
-        entry     max(N, X)         the larger of N and X
-        N         rows              rows                              a name, so a parameter
-        X         part              the absolute value of x           another entry, and before it
-                                                                      the line part = abs(x)
+        slot      code              description
+                  max(N, X)         the larger of N and X            an entry
+        N         rows              rows                             a name, so a parameter
+        X         part              the absolute value of x          before it, part = abs(x)
         returns   max(rows, part)   the larger of rows and the absolute value of x
     """
     words = vary(entry.words, chooser)
@@ -252,14 +309,14 @@ def compose(entry, task, names, chooser):
     for slot in re.findall(SLOT, words):
         is_open = slot in "PQ" or len(task.parts) == 1         # two in one are enough
         if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
-            others = [other for other in ENTRIES if other.kind == KINDS[slot]]     # none has a star
-            part = chooser.choice([other for other in others if other.code not in task.parts])
+            others = [e for e in ENTRIES if e.kind == KINDS[slot]]         # "list*" is no "list"
+            other = chooser.choice([e for e in others if e.code not in task.parts])
             if slot != "P":
-                task.parts.append(part.code)
-            code, text = compose(part, task, names, chooser)
-            if slot == "P" and "N" in codes:                   # "even" speaks of an item; here of N
+                task.parts.append(other.code)
+            code, text = compose(other, task, names, chooser)
+            if slot == "P" and "N" in codes:                   # written for an item; here, it is N
                 code = re.sub(r"\bitem\b", codes["N"], code)
-            if slot not in "PQ":                               # which stand within a line
+            if slot not in "PQ":                               # these two stay within the line
                 task.lines.append(f"part = {code}")
                 code = "part"
             codes[slot] = code
@@ -327,8 +384,8 @@ def is_held_out(*what):
 
 def is_new_pair(parts):
     """Tell whether two entries in one are held out: an eighth of the pairs of each entry is."""
-    places = [number for number, entry in enumerate(ENTRIES) if entry.code in parts]
-    return len(parts) == 2 and (places[0] + places[-1]) % 8 == 0
+    places = [place for place, entry in enumerate(ENTRIES) if entry.code in parts]
+    return len(parts) == 2 and sum(places) % 8 == 0            # a hash could leave an entry without
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
@@ -349,7 +406,7 @@ def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
 
 
 def held_out_tasks(names, new_names, count, seed):
-    """Return {what is new in them: tasks}: in each one thing, all else is of what training has."""
+    """Return {what is new in them: tasks}: one thing in each; all else training has. No noise."""
     return {"new names": draw_tasks(new_names, count, seed),
             "new constants": draw_tasks(names, count, seed + 1, new=["constants"]),
             "new combinations": draw_tasks(names, count, seed + 2, new=["combinations"]),
@@ -360,39 +417,6 @@ def conversation_of(task):
     """Return a task as a conversation."""
     return [{"role": "user", "content": task.instruction},
             {"role": "assistant", "content": task.source}]
-
-
-def split_names(tokenizer):
-    """Return (names to learn with, names held out, words for noise) out of Python's train modules.
-
-    A token that was never copied in training is hard to copy: so each also comes in a name made up
-    of two, and a name is held out only if those to learn with have all of its tokens.
-    """
-    counts = Counter()
-    for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
-        if split == "train":
-            counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
-    starts = [token.decode()[1:] for token in tokenizer.tokens if re.fullmatch(b" [a-z]+", token)]
-    ends = [token.decode() for token in tokenizer.tokens if re.fullmatch(b"[a-z]+", token)]
-    chooser = random.Random(0)
-    made_up = [start + chooser.choice(ends) for start in starts]
-    made_up += [chooser.choice(starts) + end for end in ends]
-    common = [word for word in sorted(counts) if counts[word] > 7]             # of 442 modules
-    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    names = [word for word in dict.fromkeys(common + made_up)
-             if re.fullmatch("[a-z]{3,}", word) and word not in used]
-    to_learn = [name for name in names if not is_held_out(name)]
-
-    def tokens_of(name):
-        """A token may hold what is before a name, too: " ", "(" or "_"."""
-        return set(tokenizer.encode(f" {name}({name}_{name}"))
-
-    known = set().union(*map(tokens_of, to_learn))
-    new = [name for name in names if is_held_out(name) and name in counts]
-    new = [name for name in new if tokens_of(name) <= known]
-    not_noise = {*filter(is_held_out, names), *re.findall("[a-z]{5,}", GRAMMAR)}
-    noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
-    return to_learn, new, noise
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
@@ -410,6 +434,7 @@ BUILTINS = "abs all any bool int len list max min range reversed sorted str sum"
 def is_allowed(node):
     """Tell whether a node of an answer's syntax tree may be run."""
     if isinstance(node, ast.Call):
+        # A method's name is a node of its own, so it is looked at, too.
         return isinstance(node.func, ast.Attribute) or getattr(node.func, "id", "") in BUILTINS
     if isinstance(node, ast.Attribute):
         return node.attr in METHODS
@@ -490,62 +515,6 @@ def show_results(model, tokenizer, tasks, ends):
     show_table(results)
 
 
-# ---- LoRA: thin adapters instead of all weights --------------------------------------------------
-# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
-# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
-# and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
-# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
-def lora_formula(x, weight, a, b):
-    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
-    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
-    return x @ changed.T
-
-
-class LoRA(nn.Module):
-    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made.
-    (Libraries scale B A by alpha / r; here that is 1.)"""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        out, size = linear.weight.shape
-        self.linear = linear                     # frozen
-        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
-        self.a = nn.Parameter(a)
-        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
-
-    def forward(self, x):
-        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
-
-
-def find_layers(model, kind):
-    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
-    found = []
-    for module in model.layers.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, kind):
-                found.append((module, name, layer))
-    return found
-
-
-def add_lora(model, rank):
-    """Freeze a model, and put an adapter beside each linear layer of its blocks."""
-    model.requires_grad_(False)
-    for module, name, linear in find_layers(model, nn.Linear):
-        setattr(module, name, LoRA(linear, rank))
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Return a model with the adapters, if it has any, added into its weights for good."""
-    if not find_layers(model, LoRA):
-        return model
-    merged = copy.deepcopy(model)
-    for module, name, lora in find_layers(merged, LoRA):
-        lora.linear.weight += lora.b @ lora.a
-        setattr(module, name, lora.linear)
-    return merged
-
-
 # ---- The script ----------------------------------------------------------------------------------
 @dataclass
 class Config(chapter4.TrainingConfig):
@@ -563,7 +532,7 @@ class Config(chapter4.TrainingConfig):
 
 
 def defaults_for(given):
-    """Return the values of flags not given: of the run to resume, or rates for foreign weights."""
+    """Return the values of flags not given: of the run to resume, or rates for --init's weights."""
     if given.get("resume"):
         return chapter4.resumed_settings(Path(given.get("out", "out")) / "chat", given)
     if given.get("init") and given.get("lora_rank"):
@@ -593,8 +562,8 @@ def pieces_of(text, T, count):
     return [(ids, [True] * len(ids)) for ids in pieces]
 
 
-def hold_out(conversations):
-    """Return (conversations to learn from, some held out, to tell how well that goes)."""
+def split_off(conversations):
+    """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
     if len(conversations) < 20:
         print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
               "that of the ones it learns")
@@ -625,13 +594,13 @@ def main(config):
     end = tokenizer.special_tokens[CHAT_END]
     ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
 
-    # 2. Conversations to learn from; held-out ones tell, while it learns, how well it does.
+    # 2. Conversations to learn from; a few more of the same sorts tell how well it does.
     tasks = {}
     if config.conversations:
         conversations = chapter2.open_conversations(config.conversations, out / "downloads")
     else:
         conversations, tasks = make_conversations(config, tokenizer)
-    to_learn, val = hold_out(conversations)
+    to_learn, val = split_off(conversations)
     examples = encode_fitting(to_learn, tokenizer, model.config.context)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
@@ -672,6 +641,40 @@ def main(config):
             _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
             print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
+
+
+# ---- Tools: names, and words for noise -----------------------------------------------------------
+def split_names(tokenizer):
+    """Return (names to learn with, names held out, words for noise) out of Python's train modules.
+
+    Names are copied token by token, and a token that never was is hard to copy. So each comes in
+    some name made up of two, and a name is held out only if those to learn with have its tokens.
+    """
+    counts = Counter()
+    for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
+        if split == "train":
+            counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
+    starts = [token.decode()[1:] for token in tokenizer.tokens if re.fullmatch(b" [a-z]+", token)]
+    ends = [token.decode() for token in tokenizer.tokens if re.fullmatch(b"[a-z]+", token)]
+    chooser = random.Random(0)
+    made_up = [start + chooser.choice(ends) for start in starts]
+    made_up += [chooser.choice(starts) + end for end in ends]
+    common = [word for word in sorted(counts) if counts[word] > 7]             # of some 440 modules
+    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
+    names = [word for word in dict.fromkeys(common + made_up)
+             if re.fullmatch("[a-z]{3,}", word) and word not in used]
+    to_learn = [name for name in names if not is_held_out(name)]
+
+    def tokens_of(name):
+        """A token may hold what is before a name, too: " ", "(" or "_"."""
+        return set(tokenizer.encode(f" {name}({name}_{name}"))
+
+    known = set().union(*map(tokens_of, to_learn))
+    new = [name for name in names if is_held_out(name) and name in counts]
+    new = [name for name in new if tokens_of(name) <= known]
+    not_noise = {*filter(is_held_out, names), *re.findall("[a-z]{5,}", GRAMMAR)}
+    noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
+    return to_learn, new, noise
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------

@@ -448,7 +448,7 @@ def test_show_mask_stops_and_a_run_prints_its_table(tune, tmp_path):
 # ---- Conversations of one's own
 def test_own_conversations_are_parted_and_left_out_where_too_long(tokenizer, capsys):
     conversations = [say(f"q{number}", f"answer {number}") for number in range(41)]
-    learnt, held_out = chapter6.hold_out(conversations)
+    learnt, held_out = chapter6.split_off(conversations)
     assert len(held_out) >= 2 and sorted(map(str, learnt + held_out)) == sorted(map(str, conversations))
     assert "too few" not in capsys.readouterr().out
     both, length = [say("q", "a"), say("q", "a" * 99)], len(chapter5.encode_chat(tokenizer, say("q", "a"))[0])
