@@ -351,6 +351,7 @@ def phrase(task, phrasing, noise, chooser):
             words[i] = fixed[word]
         elif noise and word.isalpha() and chooser.random() < share:
             words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
+            words[i] += chooser.choice(["", "", "", ","])
     text = "".join(words)
     return text[0].upper() + text[1:]
 
@@ -653,13 +654,13 @@ def split_names(tokenizer):
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
-            counts.update(set(re.findall(r"\b[A-Za-z]{2,10}\b", text)))
+            counts.update(re.findall(r"\b[A-Za-z]{2,10}\b", text))
     starts = [token.decode()[1:] for token in tokenizer.tokens if re.fullmatch(b" [a-z]+", token)]
     ends = [token.decode() for token in tokenizer.tokens if re.fullmatch(b"[a-z]+", token)]
     chooser = random.Random(0)
     made_up = [start + chooser.choice(ends) for start in starts]
-    made_up += [chooser.choice(starts) + end for end in ends]
-    common = [word for word in sorted(counts) if counts[word] > 7]             # of some 440 modules
+    made_up += [chooser.choice(starts or ends) + end for end in ends]
+    common = [word for word in sorted(counts) if counts[word] > 20]
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
     names = [word for word in dict.fromkeys(common + made_up)
              if re.fullmatch("[a-z]{3,}", word) and word not in used]
