@@ -385,7 +385,7 @@ def main(config):
         return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
-        print(f"this run replaces the one in {folder}, once it is evaluated: to keep both, copy {out}")
+        print(f"this run replaces the one in {folder}, once it is evaluated: copy {out} to keep it")
 
     # 1. The text, and the tokenizer that it was encoded with.
     source = config.init or out / "tokenizer"
