@@ -302,7 +302,7 @@ def show_tokenizer(tokenizer, sample):
 @dataclass
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
-    vocab_size: int = 4096  # tokens in all (GPT-2: 50,257); more: shorter texts, larger model
+    vocab_size: int = 4096  # tokens in all: 500 suit a megabyte, 4,096 ten, 32,768 gigabytes
     out: str = "out"  # root folder of the course: everything is written below it
 
 
