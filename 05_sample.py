@@ -348,7 +348,7 @@ class Config:
     max_tokens: int = 200  # tokens to write at most
     temperature: float = 0.8  # 0 takes the likeliest; 0.2 (to chat) is for answers, 0.8 for stories
     top_k: int = 0  # draw among the k likeliest only (0: all)
-    top_p: float = 1.0  # draw among the likeliest with this probability; 0.95 cuts nonsense (1: all)
+    top_p: float = 1.0  # draw among the likeliest with this probability (1: all; 0.95 is usual)
     samples: int = 1  # write so many texts after the same prompt: each draws other tokens
     seed: int = 1  # which random numbers the first text draws by; the others by seed + 1, + 2, ...
     chat: bool = False  # talk with it: /reset forgets, Ctrl-D ends
