@@ -485,7 +485,7 @@ def choose_machine(config):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                 # TF32, where fp32 is asked for
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif torch.cpu._is_avx512_bf16_supported():
+    elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # not in every torch
         precision = "bf16"
     machine = Machine(device, config.precision or precision,
                       config.compile and device.type != "mps",
