@@ -319,8 +319,8 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     """Return the surprise at about `limit` tokens, spread over a split (0: at all of it)."""
     T = model.config.context
     if len(tokens) <= T:
-        raise CourseError(f"{len(tokens)} held-out tokens (fewer than 20 documents have no test "
-                          "split): use more text or a smaller --context")
+        raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
+                          "(fewer than 20 documents have no test split)")
     sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, (T + 1) each
     every = math.ceil(T * len(sequences) / (limit or len(tokens)))
     ids = torch.from_numpy(sequences[::every].astype(np.int64))    # (N, T + 1)
