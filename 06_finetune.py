@@ -556,7 +556,7 @@ def encode_fitting(conversations, tokenizer, context):
 def pieces_of(text, T, count):
     """Return pieces of chapter 4's text, learnt whole: one for 20 of `count` examples.
 
-    They are longer than answers, and so two fifths of what counts in the loss.
+    They are longer than answers, and so a good third of what counts in the loss.
     """
     stride = max(T, 20 * len(text) // count)
     pieces = [text[start:start + T + 1].tolist() for start in range(0, len(text) - T, stride)]
