@@ -20,7 +20,6 @@ Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2
 """
 import ast
 import builtins
-import copy
 import json
 import keyword
 import math
@@ -39,6 +38,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 chapter1 = import_module("01_tokenizer")
 chapter2 = import_module("02_data")
@@ -124,65 +124,51 @@ def show_mask(tokenizer, ids, learnt):
 # The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
 # low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
 # and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
-# averages; at this size it saves neither time nor memory. To be saved, B A is added to the weights.
+# averages; at this size it saves neither time nor memory.
 def lora_formula(x, weight, a, b):
     """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
-    changed = weight + b @ a                     # (out, in) + (out, r) @ (r, in)
-    return x @ changed.T
+    return x @ weight.T + (x @ a.T) @ b.T        # (T, in) @ (in, r) @ (r, out) -> (T, out)
 
 
 class LoRA(nn.Module):
-    """The same for real: x (W + B A)^T is x W^T + (x A^T) B^T, and the matrix B A is never made.
+    """The same for real, as a parametrization: when a layer asks for its weight, torch calls this.
     (Libraries scale B A by alpha / r; here that is 1.)"""
 
-    def __init__(self, linear, rank):
+    def __init__(self, weight, rank):
         super().__init__()
-        out, size = linear.weight.shape
-        self.linear = linear                     # frozen
-        a = torch.randn(rank, size, device=linear.weight.device) / math.sqrt(size)
+        out, size = weight.shape
+        a = torch.randn(rank, size, device=weight.device) / math.sqrt(size)
         self.a = nn.Parameter(a)
         self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
 
-    def forward(self, x):
-        return self.linear(x) + (x @ self.a.T) @ self.b.T      # (B, T, in) -> (B, T, out)
-
-
-def find_layers(model, kind):
-    """Return (module around it, name in that, layer) of all layers of a kind in the blocks."""
-    found = []
-    for module in model.layers.modules():
-        for name, layer in module.named_children():
-            if isinstance(layer, kind):
-                found.append((module, name, layer))
-    return found
+    def forward(self, weight):
+        return weight + self.b @ self.a                        # (out, in) + (out, r) @ (r, in)
 
 
 def add_lora(model, rank):
-    """Freeze a model, and put an adapter beside each linear layer of its blocks."""
+    """Freeze a model, and give an adapter to the weight of each linear layer of its blocks."""
     model.requires_grad_(False)
-    for module, name, linear in find_layers(model, nn.Linear):
-        setattr(module, name, LoRA(linear, rank))
+    for layer in model.layers.modules():
+        if isinstance(layer, nn.Linear):
+            parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Return a model with the adapters, if it has any, added into its weights for good."""
-    if not find_layers(model, LoRA):
-        return model
-    merged = copy.deepcopy(model)
-    for module, name, lora in find_layers(merged, LoRA):
-        lora.linear.weight += lora.b @ lora.a
-        setattr(module, name, lora.linear)
+    """Return a plain model in whose weights those of the adapters are added for good."""
+    merged = chapter3.GPT(model.config)
+    for name, weight in merged.state_dict().items():
+        layer, _, kind = name.rpartition(".")                  # "layers.0.mlp.up_proj", "weight"
+        weight.copy_(getattr(model.get_submodule(layer), kind))
     return merged
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # Below, a line is a kind of task: what it returns, its code, its description. Add yours there, and
-# that is all, if the judge allows what it uses. {a|b} is a or b, a "/" parts the lines of a loop,
-# and capitals are slots: N, M, L, T are parameters; X, Y, Z may be another line instead, P and Q
-# always are; C is a letter, K a number, S a small one (K and S now and then parameters), W a number
-# or another line. Lines with a star stand in no other line, as they could be misread: "the square
-# of x plus 7".
+# that is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
+# Lines with a star stand in no other line, as they could be misread: "the square of x plus 7".
+# Capitals are slots. N, M, L and T are parameters; X, Y, Z, W may be another line instead, P and Q
+# always are; C, K, S (a small one) and W are constants, or now and then parameters.
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
          "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
          "P": "property", "Q": "question"}
@@ -276,13 +262,20 @@ ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitli
 class Task:
     """An instruction, and its reference: a function that does what it asks for."""
     name: str
-    parts: list  # the code of its entry, or of two, one in the other
     types: dict = field(default_factory=dict)  # {parameter: its type}
-    constants: list = field(default_factory=list)  # (code of an entry, value in it)
     lines: list = field(default_factory=list)  # of the function, below its header
+    parts: list = field(default_factory=list)  # the code of its entry, or of two in one
+    constants: list = field(default_factory=list)  # (code of an entry, value in it)
     description: str = ""
-    source: str = ""
     instruction: str = ""
+
+    @property
+    def header(self):
+        return f"def {self.name}({', '.join(self.types)}):"
+
+    @property
+    def source(self):
+        return "\n    ".join([self.header, *self.lines])
 
 
 def vary(text, chooser):
@@ -304,23 +297,22 @@ def compose(entry, task, names, chooser):
         X         part              the absolute value of x          before it, part = abs(x)
         returns   max(rows, part)   the larger of rows and the absolute value of x
     """
+    if entry.kind != "property":
+        task.parts.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
         is_open = slot in "PQ" or len(task.parts) == 1         # two in one are enough
         if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot]]         # "list*" is no "list"
-            other = chooser.choice([e for e in others if e.code not in task.parts])
-            if slot != "P":
-                task.parts.append(other.code)
-            code, text = compose(other, task, names, chooser)
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
+            code, text = compose(chooser.choice(others), task, names, chooser)
+            texts[slot] = text.removeprefix("whether ")
             if slot == "P" and "N" in codes:                   # written for an item; here, it is N
                 code = re.sub(r"\bitem\b", codes["N"], code)
-            if slot not in "PQ":                               # these two stay within the line
+            elif slot not in "PQ":                             # these two stay within the line
                 task.lines.append(f"part = {code}")
                 code = "part"
             codes[slot] = code
-            texts[slot] = text.removeprefix("whether ")
         elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
             codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
             task.constants.append((entry.code, codes[slot]))
@@ -330,20 +322,15 @@ def compose(entry, task, names, chooser):
     return fill(entry.code, codes), fill(words, texts)
 
 
-def header_of(task):
-    """Return the first line of the function that a task asks for."""
-    return f"def {task.name}({', '.join(task.types)}):"
-
-
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it.
 
-    noise: words that take the place of some others, or of all, "Bytes a turbo add(a, b) with raise
+    noise: words that take the place of some others, or of all, "Bytes turbo add(a, b) raise, self
     the sum of a and b." So a model learns to look for the header and the description, wherever they
     stand, and not to lean on the rest.
     """
     share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
-    header = header_of(task).removeprefix("def ").removesuffix(":")
+    header = task.header.removeprefix("def ").removesuffix(":")
     fixed = {"HEADER": header, "ANSWER": task.description}
     words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
     for i, word in enumerate(words):
@@ -364,7 +351,7 @@ def draw_task(names, phrasings, noise, chooser):
         name = f"{name}_{second}"
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
-    task = Task(name, [entry.code])
+    task = Task(name)
     code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
         task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
@@ -372,7 +359,6 @@ def draw_task(names, phrasings, noise, chooser):
         task.lines += ["total = 0", *code.split("/"), "return total"]
     else:
         task.lines.append(f"return {code}")
-    task.source = "\n    ".join([header_of(task), *task.lines])
     task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
     return task
 
@@ -389,10 +375,11 @@ def is_new_pair(parts):
     return len(parts) == 2 and sum(places) % 8 == 0            # a hash could leave an entry without
 
 
-def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
+def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noisy=False):
     """Return tasks in which nothing is held out, but what `new` says: constants or combinations."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
+    noise = names if noisy else []
     tasks = []
     while len(tasks) < count:
         task = draw_task(names, lines, noise, chooser)
@@ -446,16 +433,18 @@ def is_allowed(node):
 
 def read_answer(task, answer):
     """Return the verdict on an answer as it is written, or "" where it has to be run."""
+    if len(answer) > 2000:
+        return "not allowed"
     try:
-        functions = ast.parse(answer[:2000]).body
+        functions = ast.parse(answer).body
         text = ast.unparse(functions)                          # with the usual spaces
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return "no parse"
-    if len(functions) != 1 or text.partition("\n")[0] != header_of(task):
+    if len(functions) != 1 or text.partition("\n")[0] != task.header:
         return "wrong header"
     has_power = re.search(r"\*\*(?! \d\b)", text)             # x ** 3 is fine, x ** y is not
     nodes = chain.from_iterable(map(ast.walk, functions[0].body))
-    if len(answer) > 2000 or has_power or not all(map(is_allowed, nodes)):
+    if has_power or not all(map(is_allowed, nodes)):
         return "not allowed"
     return ""
 
@@ -576,8 +565,8 @@ def split_off(conversations):
 
 def make_conversations(config, tokenizer):
     """Return (conversations to learn from, {what is new: held-out tasks})."""
-    names, new_names, noise = split_names(tokenizer)
-    to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
+    names, new_names = split_names(tokenizer)
+    to_learn = draw_tasks(names, config.examples, config.seed, noisy=True)
     tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
     return [conversation_of(task) for task in to_learn], tasks
 
@@ -627,7 +616,9 @@ def main(config):
 
     def keep(model):
         template = chapter5.CHAT_TEMPLATE
-        chapter4.save_folder(merge_lora(model), tokenizer, folder, sorted(ends), template)
+        if config.lora_rank:
+            model = merge_lora(model)
+        chapter4.save_folder(model, tokenizer, folder, sorted(ends), template)
 
     saved = chapter4.read_checkpoint(folder) if config.resume else None
     chapter4.train(model, batch, config, machine, folder, measure, keep, saved)
@@ -644,26 +635,24 @@ def main(config):
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
 
-# ---- Tools: names, and words for noise -----------------------------------------------------------
+# ---- Tools: names --------------------------------------------------------------------------------
 def split_names(tokenizer):
-    """Return (names to learn with, names held out, words for noise) out of Python's train modules.
+    """Return (names to learn with, names held out): words of Python's train modules, and made-up
+    ones to learn with.
 
-    Names are copied token by token, and a token that never was is hard to copy. So each comes in
-    some name made up of two, and a name is held out only if those to learn with have its tokens.
+    Names are copied token by token, and a token that never was is hard to copy. So each begins a
+    made-up name, and ends one; and a name is held out only if those to learn with have its tokens.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
-            counts.update(re.findall(r"\b[A-Za-z]{2,10}\b", text))
-    starts = [token.decode()[1:] for token in tokenizer.tokens if re.fullmatch(b" [a-z]+", token)]
-    ends = [token.decode() for token in tokenizer.tokens if re.fullmatch(b"[a-z]+", token)]
-    chooser = random.Random(0)
-    made_up = [start + chooser.choice(ends) for start in starts]
-    made_up += [chooser.choice(starts or ends) + end for end in ends]
-    common = [word for word in sorted(counts) if counts[word] > 20]
+            counts.update(re.findall(r"\b[a-z]{3,10}\b", text))
+    words = [word for word in sorted(counts) if counts[word] > 20]
+    tokens = [token.decode() for token in tokenizer.tokens if re.fullmatch(b" ?[a-z]+", token)]
+    pieces = [token.strip() for token in tokens]
+    made_up = map("".join, zip(pieces, random.Random(0).sample(pieces, len(pieces))))
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    names = [word for word in dict.fromkeys(common + made_up)
-             if re.fullmatch("[a-z]{3,}", word) and word not in used]
+    names = [name for name in dict.fromkeys([*words, *made_up]) if name not in used]
     to_learn = [name for name in names if not is_held_out(name)]
 
     def tokens_of(name):
@@ -671,11 +660,8 @@ def split_names(tokenizer):
         return set(tokenizer.encode(f" {name}({name}_{name}"))
 
     known = set().union(*map(tokens_of, to_learn))
-    new = [name for name in names if is_held_out(name) and name in counts]
-    new = [name for name in new if tokens_of(name) <= known]
-    not_noise = {*filter(is_held_out, names), *re.findall("[a-z]{5,}", GRAMMAR)}
-    noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
-    return to_learn, new, noise
+    new = [word for word in words if is_held_out(word) and word in names]
+    return to_learn, [name for name in new if tokens_of(name) <= known]
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------
@@ -683,7 +669,7 @@ def draw_arguments(task, count=200):
     """Return lists of arguments for a task: of few different values, so that equal ones meet, and
     often near its constants. Else a near miss, > for >= say, would pass."""
     chooser = random.Random(task.instruction)
-    pools = [[*range(-9, 10)], [-1, 0, 1, 2]]
+    pools = [range(-9, 10), range(-1, 3)]
     sizes = [0, 1, 2, 3, 5, 30]
     letters = string.ascii_lowercase + "aeiouAB    "
     for _, value in task.constants:
@@ -716,35 +702,35 @@ try:
     resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                    # a second
 except (ImportError, ValueError, OSError):
     pass
-sources, name, allowed, draws = json.load(sys.stdin)
-builtins = {word: getattr(builtins, word) for word in allowed}
-for source in sources:
-    space = {"__builtins__": builtins}
+reference, answer, name, allowed, draws = json.load(sys.stdin)
+
+def results(source):
+    space = {"__builtins__": {word: getattr(builtins, word) for word in allowed}}
     exec(source, space)
-    found = []
     for arguments in draws:
         try:
-            found.append(repr(space[name](*arguments)))                # as text, 1 is not True
+            yield repr(space[name](*arguments))  # as text, 1 is not True
         except Exception:
-            found.append("error")                                      # a text would be "'error'"
-    print(json.dumps(found))
+            yield "error"                        # a text would be "'error'"
+
+verdict = "pass"
+for expected, found in zip(results(reference), results(answer)):
+    if expected not in ("error", found):         # an error is no case: x[0] of []
+        verdict = "error" if found == "error" else "wrong value"
+        break
+print(verdict)
 """
 
 
 def run_answer(task, answer):
     """Return the verdict on an answer: it is run beside the reference, in a process of its own."""
-    job = json.dumps([[task.source, answer], task.name, BUILTINS, draw_arguments(task)])
+    job = json.dumps([task.source, answer, task.name, BUILTINS, draw_arguments(task)])
     try:
         child = subprocess.run([sys.executable, "-I", "-S", "-c", CHILD], input=job, timeout=9,
                                capture_output=True, text=True, encoding="utf-8")
-        expected, found = map(json.loads, child.stdout.splitlines())
-    except (subprocess.TimeoutExpired, ValueError):
-        return "error"                           # it took too much time or memory
-    pairs = [pair for pair in zip(expected, found) if pair[0] != "error"]      # x[0] of []
-    wrong = [got for wanted, got in pairs if got != wanted]
-    if not wrong:
-        return "pass"
-    return "error" if wrong[0] == "error" else "wrong value"
+    except subprocess.TimeoutExpired:
+        return "error"
+    return child.stdout.strip() or "error"       # nothing: it took too much time or memory
 
 
 if __name__ == "__main__":

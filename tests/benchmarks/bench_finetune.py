@@ -53,7 +53,7 @@ def body_of(task, source):
 
 def first_parameter(tasks):
     """The program that copies the signature and returns its first parameter."""
-    return [f"{chapter6.header_of(task)}\n    return {next(iter(task.types))}" for task in tasks]
+    return [f"{task.header}\n    return {next(iter(task.types))}" for task in tasks]
 
 
 def nearest(tasks, training):
@@ -70,7 +70,7 @@ def nearest(tasks, training):
         best = known[max(known, key=lambda words: len(words & asked) / len(words | asked))]
         new = dict(zip(in_order(best), in_order(task)))
         body = re.sub(r"'[a-z]'|\w+", lambda found: new.get(found[0], found[0]), best.source.partition("\n")[2])
-        answers.append(f"{chapter6.header_of(task)}\n{body}")
+        answers.append(f"{task.header}\n{body}")
     return answers
 
 
@@ -79,7 +79,7 @@ def continued(model, tokenizer, tasks):
     settings = chapter5.Config(max_tokens=100, temperature=0.0)
     answers = []
     for task in tasks:
-        header = chapter6.header_of(task)
+        header = task.header
         prompt = tokenizer.encode(f'{header}\n    """Return {task.description}."""\n')
         written = []
         for (token,), _ in chapter5.generate(model, [prompt], settings, tokenizer.vocab_size):
@@ -161,9 +161,8 @@ def read_sentences(path):
             instruction, code, parameters = line.split(" | ")
             types = dict(parameter.split(":") for parameter in parameters.split())
             name = re.search(r"(\w+)\(", instruction) or re.search(r"\b(?:called|named) (\w+)", instruction)
-            source = f"def {name[1]}({', '.join(types)}):\n    return {code}"
             constants = [("own", value) for value in re.findall(r"\b\d+\b|'[a-z]'", code)]
-            tasks.append(chapter6.Task(name[1], ["own"], types, constants, source=source, instruction=instruction))
+            tasks.append(chapter6.Task(name[1], types, [f"return {code}"], ["own"], constants, instruction=instruction))
     return tasks
 
 
@@ -242,13 +241,13 @@ def main():
     device = chapter4.choose_device(flags.device)
     base, tokenizer, base_ends = chapter5.open_model(run["init"] or flags.out / "base", device)
     tuned, tokenizer_of_chat, ends = chapter5.open_model(flags.out / "chat", device)
-    words, new_words, noise = chapter6.split_names(tokenizer_of_chat)
+    words, new_words = chapter6.split_names(tokenizer_of_chat)
     tasks = chapter6.held_out_tasks(words, new_words, flags.tasks, seed)
     if flags.transformers:
         return compare_with_transformers(flags.out / "chat", list(chain.from_iterable(tasks.values()))[::4][:flags.transformers])
     results, start = {}, time.time()
     if not flags.only_sentences:
-        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"], noise=noise)
+        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"], noisy=True)
         if chapter1.CHAT_START in tokenizer.special_tokens:
             results = show_before(base, tokenizer, base_ends, tasks, training)
         results |= show_after(tuned, tokenizer_of_chat, ends, tasks, training)

@@ -390,7 +390,7 @@ def check_adapters_learn(machine):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     ids = random_ids(2, 64).to(machine.device)
     with exactly(), torch.no_grad():
-        apart = distance(chapter6.merge_lora(model)(ids), model.eval()(ids))
+        apart = distance(chapter6.merge_lora(model).to(machine.device).eval()(ids), model.eval()(ids))
     ok, text = learns(log, model)
     adapters = {name for name in before if name.endswith((".a", ".b"))}
     return ok and moved == adapters and apart < 1e-4, f"{text}, merged {apart:.1e} apart"
