@@ -101,10 +101,9 @@ def pack(examples, T, filler):
     return fill_up(sequences, T, filler)
 
 
-def batches_of(examples, R, T, filler, seed):
+def batches_of(examples, R, T, filler):
     """Return batch(step) -> ids, targets, documents, (R, T) each: a pure function of the step."""
-    shuffled = random.Random(seed).sample(examples, len(examples))
-    sequences = pack(shuffled, T, filler)                      # (N, 3, T)
+    sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
         rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # again and again
@@ -542,14 +541,21 @@ def encode_fitting(conversations, tokenizer, context):
     return fitting
 
 
-def pieces_of(text, T, count):
-    """Return pieces of chapter 4's text, learnt whole: one for 20 of `count` examples.
+def with_text(examples, text, T, seed):
+    """Return examples with a piece of chapter 4's text, learnt whole, after each 20 of them.
 
-    They are longer than answers, and so a good third of what counts in the loss.
+    Pieces are longer than answers, so they make a good third of what counts in the loss. Evenly
+    spread, they make that of each step: one with many of them would teach little else.
     """
-    stride = max(T, 20 * len(text) // count)
-    pieces = [text[start:start + T + 1].tolist() for start in range(0, len(text) - T, stride)]
-    return [(ids, [True] * len(ids)) for ids in pieces]
+    chooser = random.Random(seed)
+    mixed = []
+    for i, example in enumerate(examples):
+        if i % 20 == 0 and len(text) > T:
+            start = chooser.randrange(len(text) - T)
+            piece = text[start:start + T + 1].tolist()
+            mixed.append((piece, [True] * len(piece)))
+        mixed.append(example)
+    return mixed
 
 
 def split_off(conversations):
@@ -598,7 +604,7 @@ def main(config):
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
     val = pack(encode_fitting(val, tokenizer, T), T, end)      # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
-    examples += pieces_of(text, T, len(examples))              # so that less of it is forgotten
+    examples = with_text(examples, text, T, config.seed)       # so that less of it is forgotten
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:
@@ -608,7 +614,7 @@ def main(config):
             table.requires_grad_(bool(added))                  # new tokens have to be learnt
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
-    batch = batches_of(examples, max(1, config.batch_tokens // T), T, end, config.seed)
+    batch = batches_of(examples, max(1, config.batch_tokens // T), T, end)
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
 
     def measure(model):
@@ -637,31 +643,23 @@ def main(config):
 
 # ---- Tools: names --------------------------------------------------------------------------------
 def split_names(tokenizer):
-    """Return (names to learn with, names held out): words of Python's train modules, and made-up
-    ones to learn with.
+    """Return (names to learn with, names held out): words that are common in Python's train modules.
 
-    Names are copied token by token, and a token that never was is hard to copy. So each begins a
-    made-up name, and ends one; and a name is held out only if those to learn with have its tokens.
+    Names are copied token by token, and a token that never was is hard to copy. So there are made-up
+    names to learn with, too: each token of letters begins one of them, and ends one.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(re.findall(r"\b[a-z]{3,10}\b", text))
-    words = [word for word in sorted(counts) if counts[word] > 20]
-    tokens = [token.decode() for token in tokenizer.tokens if re.fullmatch(b" ?[a-z]+", token)]
-    pieces = [token.strip() for token in tokens]
-    made_up = map("".join, zip(pieces, random.Random(0).sample(pieces, len(pieces))))
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    names = [name for name in dict.fromkeys([*words, *made_up]) if name not in used]
-    to_learn = [name for name in names if not is_held_out(name)]
-
-    def tokens_of(name):
-        """A token may hold what is before a name, too: " ", "(" or "_"."""
-        return set(tokenizer.encode(f" {name}({name}_{name}"))
-
-    known = set().union(*map(tokens_of, to_learn))
-    new = [word for word in words if is_held_out(word) and word in names]
-    return to_learn, [name for name in new if tokens_of(name) <= known]
+    words = [word for word in sorted(counts) if counts[word] > 20 and word not in used]
+    new = [word for word in words if is_held_out(word)]
+    tokens = [token.decode() for token in tokenizer.tokens if re.fullmatch(b" ?[a-z]+", token)]
+    beginnings = [token.strip() for token in tokens]
+    ends = random.Random(0).sample(beginnings, len(beginnings))
+    made_up = map("".join, zip(beginnings, ends))
+    return sorted({*words, *made_up} - {*new} - used), new
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------
