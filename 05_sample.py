@@ -258,8 +258,8 @@ def memorisation(ids, tokens):
     data = "".join(map(chr, tokens.tolist()))
     text = "".join(map(chr, ids))
     longest = 0
-    for start in range(len(text)):
-        while start + longest < len(text) and text[start:start + longest + 1] in data:
+    for last in range(len(text)):                              # a run grows by one id at most
+        if text[last - longest:last + 1] in data:
             longest += 1
     return longest
 
@@ -299,9 +299,8 @@ def encode_chat(tokenizer, messages):
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
         said = [*tokenizer.encode(message["content"].strip()), end]    # marks typed in it stay text
         is_answer = message["role"] == "assistant"
-        for piece, is_learnt in ((opening, False), (said, is_answer), (newline, False)):
-            ids += piece
-            learnt += [is_learnt] * len(piece)
+        ids += opening + said + newline
+        learnt += [False] * len(opening) + [is_answer] * len(said) + [False] * len(newline)
     return ids, learnt
 
 
@@ -389,9 +388,8 @@ def main(config):
         print(tokenizer.decode(ids), end="")
         start = time.perf_counter()
         written = write(model, tokenizer, ids, replace(config, seed=seed), ends)
-        speed = len(written) / (time.perf_counter() - start)
-        print(f"[seed {seed}: {len(written)} of up to {config.max_tokens} tokens, "
-              f"{speed:.0f} per second]")
+        seconds = time.perf_counter() - start
+        print(f"[seed {seed}: {len(written)} tokens in {seconds:.2f} seconds]")
         if len(data):
             longest = memorisation(written, data[:10_000_000])
             print(f"[copied from the training data: {longest} tokens at a stretch]")
@@ -408,9 +406,7 @@ def open_model(folder, device, context=0):
     ends = tokenizer.special_tokens.get(tokenizer.end)
     settings = Path(folder, "generation_config.json")
     if settings.exists():
-        found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
-        if not isinstance(found, dict):
-            raise CourseError(f"{settings} holds no settings: copy the model's folder anew")
+        found = chapter1.read_json(settings, "the script that made the model")
         ends = found.get("eos_token_id")                       # one id, several or none
     if not isinstance(ends, list):
         ends = [ends]
@@ -430,9 +426,8 @@ def with_chat_tokens(model, tokenizer):
     missing = [text for text in marks if text not in tokenizer.special_tokens]
     if not missing:
         return model, tokenizer, missing
-    added = list(tokenizer.data["added_tokens"])
-    for i, text in enumerate(missing, tokenizer.vocab_size):
-        added.append(chapter1.special_json(text, i))
+    new = [chapter1.special_json(text, i) for i, text in enumerate(missing, tokenizer.vocab_size)]
+    added = tokenizer.data["added_tokens"] + new
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
