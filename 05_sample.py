@@ -75,19 +75,6 @@ def next_token(logits, config, generator=None):
 
 
 # ---- One token after the other, by its definition ------------------------------------------------
-def window_start(length, context):
-    """Return where the model's view of a text of `length` tokens begins.
-
-    It sees `context` tokens at most, so the oldest drop out: half of them at once, as the cache
-    below must then be read anew, and this keeps that rare.
-
-    >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
-    [0, 0, 4, 4, 8]
-    """
-    half = (context + 1) // 2
-    return max(0, math.ceil((length - context) / half) * half)
-
-
 def as_tensor(model, ids):
     """Return ids as a tensor on the model's device."""
     return torch.tensor(ids, device=model.embed_tokens.weight.device)
@@ -97,13 +84,17 @@ def as_tensor(model, ids):
 def generate_naive(model, ids, config, vocab_size=None):
     """Yield the ids that go on from some: ask, draw, append, ask again about all of the text. Ids
     from vocab_size on only pad the model's table: none is drawn."""
-    text = list(ids)
+    seen = list(ids)
+    context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
-        seen = text[window_start(len(text), model.config.context):]
+        # The model sees `context` tokens at most, so the oldest drop out: half a context at once,
+        # as the cache below must then be read anew, and this keeps that rare.
+        if len(seen) > context:
+            seen = seen[-context // 2:]
         logits = model(as_tensor(model, [seen]))[0, -1, :vocab_size]            # (V)
-        text.append(next_token(logits.cpu(), config, generator))
-        yield text[-1]
+        seen.append(next_token(logits.cpu(), config, generator))
+        yield seen[-1]
 
 
 # ---- For real: with a cache, many streams at once ------------------------------------------------
@@ -137,18 +128,18 @@ def generate(model, prompts, config, vocab_size=None):
     numbers on any device, and whatever else is written. The caller knows which streams have ended,
     and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
-    texts = as_tensor(model, prompts)                                           # (B, T)
-    cache = None
+    seen = as_tensor(model, prompts)                            # (B, T)
     context = model.config.context
+    cache = KVCache(min(context, seen.shape[1] + config.max_tokens))
     for _ in range(config.max_tokens):
-        if cache is None or cache.length == context:           # at first; when full, anew
-            cache = KVCache(min(context, texts.shape[1] + config.max_tokens))
-            unread = texts[:, window_start(texts.shape[1], context):]
+        if seen.shape[1] > context:                            # the oldest drop out, as above
+            seen = seen[:, -context // 2:]
+            cache = KVCache(context)
+        unread = seen[:, cache.length:]                        # after the first time, (B, 1)
         logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
-        logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)
+        logits = logits[:, 0, :vocab_size].cpu()               # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
-        unread = as_tensor(model, new)[:, None]                 # (B, 1): all that the cache lacks
-        texts = torch.cat((texts, unread), dim=1)
+        seen = torch.cat((seen, as_tensor(model, new)[:, None]), dim=1)        # (B, T + 1)
         yield new, logits
 
 
@@ -206,8 +197,8 @@ def attention_maps(model, ids):
 def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
     ids = ids[:64]                                             # more labels would be too small
-    maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
-    L, H, T, _ = maps.shape                                    # H: four heads at most
+    maps = attention_maps(model, ids)[:, :4].cpu()             # (L, H, T, T): four heads at most
+    L, H, T, _ = maps.shape
     layers = sorted({0, L // 2, L - 1})                        # edit this to see others
     names = [repr(tokenizer.decode([i])) for i in ids]
     side = 1.5 + 0.17 * T                                      # inches
@@ -219,7 +210,7 @@ def draw_heatmap(model, tokenizer, ids, path):
             axis.set_title(f"layer {layer}, head {head}")
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
-    figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
+    figure.colorbar(picture, ax=axes, label="weight of the token below")
     chapter1.save_figure(figure, path)
     print(f"drew {path}: how much the token on the left looks at the one below")
 
@@ -360,10 +351,9 @@ class Config:
 
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ("chat score heatmap samples", "chat score prompt"):
-        found = sorted(given.keys() & group.split())
-        if len(found) > 1:
-            raise CourseError(f"these flags do nothing together: {', '.join(found)}")
+    found = sorted(given.keys() & {"chat", "score", "heatmap", "samples"})
+    if len(found) > 1:
+        raise CourseError(f"these flags do nothing together: {', '.join(found)}")
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
 
 
@@ -429,7 +419,7 @@ def with_chat_tokens(model, tokenizer):
     new = [chapter1.special_json(text, i) for i, text in enumerate(missing, tokenizer.vocab_size)]
     added = tokenizer.data["added_tokens"] + new
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
-    V = max(tokenizer.vocab_size, model.config.vocab_size)
+    V = model.config.vocab_size + len(missing)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
         new[:len(old)] = old                                   # `new` shares the model's memory
