@@ -19,10 +19,10 @@ Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Carlini et al. 20
 """
 import codecs
 import math
-import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -81,9 +81,8 @@ def as_tensor(model, ids):
 
 
 @torch.inference_mode()                                        # no gradients are wanted here
-def generate_naive(model, ids, config, vocab_size=None):
-    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text. Ids
-    from vocab_size on only pad the model's table: none is drawn."""
+def generate_naive(model, ids, config):
+    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text."""
     seen = list(ids)
     context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
@@ -92,7 +91,7 @@ def generate_naive(model, ids, config, vocab_size=None):
         # as the cache below must then be read anew, and this keeps that rare.
         if len(seen) > context:
             seen = seen[-context // 2:]
-        logits = model(as_tensor(model, [seen]))[0, -1, :vocab_size]            # (V)
+        logits = model(as_tensor(model, [seen]))[0, -1]                         # (V)
         seen.append(next_token(logits.cpu(), config, generator))
         yield seen[-1]
 
@@ -125,8 +124,8 @@ def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
     prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: the same random
-    numbers on any device, and whatever else is written. The caller knows which streams have ended,
-    and when to stop asking."""
+    numbers on any device, and whatever else is written. Ids from vocab_size on only pad the model's
+    table: none is drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
     seen = as_tensor(model, prompts)                            # (B, T)
     context = model.config.context
@@ -136,8 +135,7 @@ def generate(model, prompts, config, vocab_size=None):
             seen = seen[:, -context // 2:]
             cache = KVCache(context)
         unread = seen[:, cache.length:]                        # after the first time, (B, 1)
-        logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
-        logits = logits[:, 0, :vocab_size].cpu()               # (B, V)
+        logits = model(unread, cache=cache, last_only=True)[:, 0, :vocab_size].cpu()       # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
         seen = torch.cat((seen, as_tensor(model, new)[:, None]), dim=1)        # (B, T + 1)
         yield new, logits
@@ -177,20 +175,18 @@ def explain(logits, chosen, tokenizer):
 def attention_maps(model, ids):
     """Return the attention weights of every layer, (L, H, T, T), for a list of ids."""
     maps = []
+    attention = chapter3.attention
 
-    def record(layer, inputs):
-        """Called before each attention layer with what it is about to read."""
-        x, angles, visible, _ = inputs
-        q, k, _ = layer.project(x, angles)
+    def record(q, k, v, *others):
+        """Attend as ever, and note the weights: (B, H, T, D) -> (B, H, T, D)."""
         # With the rows of the identity as values, their weighted mean is the weights themselves.
-        unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
-        weights = chapter3.attention(q, k, unit, visible, model.config.attention)
-        maps.append(weights[0])                                    # (H, T, T)
+        unit = torch.eye(len(ids), device=k.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
+        weights = attention(q, k, unit, *others)               # (1, H, T, T)
+        maps.append(weights[0])
+        return attention(q, k, v, *others)
 
-    hooks = [block.self_attn.register_forward_pre_hook(record) for block in model.layers]
-    model(as_tensor(model, [ids]))
-    for hook in hooks:
-        hook.remove()
+    with patch.object(chapter3, "attention", record):          # in its place for this one reading
+        model(as_tensor(model, [ids]))
     return torch.stack(maps)
 
 
@@ -206,36 +202,31 @@ def draw_heatmap(model, tokenizer, ids, path):
     axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
-            picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
+            axis.imshow(maps[layer, head], cmap="Blues")       # white: 0; dark: 1
             axis.set_title(f"layer {layer}, head {head}")
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
-    figure.colorbar(picture, ax=axes, label="weight of the token below")
     chapter1.save_figure(figure, path)
-    print(f"drew {path}: how much the token on the left looks at the one below")
+    print(f"drew {path}: the darker, the more the token on the left looks at the one below")
 
 
 @torch.inference_mode()
-def score(model, ids):
-    """Return the bits that each of the ids costs, but for the first, which follows nothing. A token
-    of probability p costs -log2 p: 0 bits if it was certain, 1 if it was one of two."""
+def score(model, tokenizer, ids):
+    """Print what each token costs in bits, but for the first, which follows nothing, and what a
+    byte of the text costs. A token of probability p costs -log2 p: 0 bits if it was certain, 1 if
+    it was one of two."""
     T = model.config.context                                   # the model sees T at a time
-    ids = as_tensor(model, ids)
-    bits = []
-    for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):           # (T) each
+    text = as_tensor(model, ids)
+    total = 0
+    for inputs, targets in zip(text[:-1].split(T), text[1:].split(T)):         # (T) each
         logits = model(inputs[None])[0]                                        # (T, V)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")          # (T)
-        bits += (losses / math.log(2)).tolist()                # -ln p -> -log2 p
-    return bits
-
-
-def show_score(model, tokenizer, ids):
-    """Print each token beside its bits, and the bits per byte: what a text costs as a whole."""
-    bits = score(model, ids)
-    for i, cost in zip(ids[1:], bits):
-        print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
+        bits = losses / math.log(2)                            # -ln p -> -log2 p
+        for i, cost in zip(targets.tolist(), bits.tolist()):
+            total += cost
+            print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
     size = len(tokenizer.decode_bytes(ids[1:])) or 1
-    print(f"{sum(bits) / size:.3f} bits per byte")
+    print(f"{total / size:.3f} bits per byte")
 
 
 def memorisation(ids, tokens):
@@ -312,9 +303,10 @@ def chat(model, tokenizer, config, ends):
             question = input("> ").strip()
         except EOFError:
             return print()
+        if not question:
+            continue
         if question == "/reset":
             messages = []
-        if question in ("", "/reset"):
             continue
         asked = messages + [{"role": "user", "content": question}]
         room = model.config.context // 2                       # the other half is for the answer
@@ -370,16 +362,14 @@ def main(config):
     if not ids:
         raise CourseError("the text is empty: give the model a word to go on from")
     if config.score:
-        return show_score(model, tokenizer, ids)
+        return score(model, tokenizer, ids)
     if config.heatmap:
         return draw_heatmap(model, tokenizer, ids, config.heatmap)
     data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
-        start = time.perf_counter()
         written = write(model, tokenizer, ids, replace(config, seed=seed), ends)
-        seconds = time.perf_counter() - start
-        print(f"[seed {seed}: {len(written)} tokens in {seconds:.2f} seconds]")
+        print(f"[seed {seed}: {len(written)} tokens]")
         if len(data):
             longest = memorisation(written, data[:10_000_000])
             print(f"[copied from the training data: {longest} tokens at a stretch]")
