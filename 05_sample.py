@@ -181,8 +181,7 @@ def attention_maps(model, ids):
         """Attend as ever, and note the weights: (B, H, T, D) -> (B, H, T, D)."""
         # With the rows of the identity as values, their weighted mean is the weights themselves.
         unit = torch.eye(len(ids), device=k.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
-        weights = attention(q, k, unit, *others)               # (1, H, T, T)
-        maps.append(weights[0])
+        maps.append(attention(q, k, unit, *others)[0])         # (H, T, T)
         return attention(q, k, v, *others)
 
     with patch.object(chapter3, "attention", record):          # in its place for this one reading
@@ -193,8 +192,8 @@ def attention_maps(model, ids):
 def draw_heatmap(model, tokenizer, ids, path):
     """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
     ids = ids[:64]                                             # more labels would be too small
-    maps = attention_maps(model, ids)[:, :4].cpu()             # (L, H, T, T): four heads at most
-    L, H, T, _ = maps.shape
+    maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
+    L, H, T, _ = maps.shape                                    # H: four heads at most
     layers = sorted({0, L // 2, L - 1})                        # edit this to see others
     names = [repr(tokenizer.decode([i])) for i in ids]
     side = 1.5 + 0.17 * T                                      # inches
@@ -202,7 +201,8 @@ def draw_heatmap(model, tokenizer, ids, path):
     axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
-            axis.imshow(maps[layer, head], cmap="Blues")       # white: 0; dark: 1
+            # White is 0, the darkest 1: the first token sees only itself, so each map has a 1.
+            axis.imshow(maps[layer, head], cmap="Blues")
             axis.set_title(f"layer {layer}, head {head}")
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
@@ -240,7 +240,8 @@ def memorisation(ids, tokens):
     data = "".join(map(chr, tokens.tolist()))
     text = "".join(map(chr, ids))
     longest = 0
-    for last in range(len(text)):                              # a run grows by one id at most
+    for last in range(len(text)):
+        # A longer run that ends here is longer by one: less its last id, it was found a step ago.
         if text[last - longest:last + 1] in data:
             longest += 1
     return longest
