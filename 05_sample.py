@@ -407,8 +407,9 @@ def with_chat_tokens(model, tokenizer):
     missing = [text for text in marks if text not in tokenizer.special_tokens]
     if not missing:
         return model, tokenizer, missing
-    new = [chapter1.special_json(text, i) for i, text in enumerate(missing, tokenizer.vocab_size)]
-    added = tokenizer.data["added_tokens"] + new
+    added = list(tokenizer.data["added_tokens"])
+    for i, text in enumerate(missing, tokenizer.vocab_size):
+        added.append(chapter1.special_json(text, i))
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
     V = model.config.vocab_size + len(missing)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
