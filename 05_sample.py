@@ -19,10 +19,10 @@ Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Carlini et al. 20
 """
 import codecs
 import math
+import time
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -175,17 +175,20 @@ def explain(logits, chosen, tokenizer):
 def attention_maps(model, ids):
     """Return the attention weights of every layer, (L, H, T, T), for a list of ids."""
     maps = []
-    attention = chapter3.attention
 
-    def record(q, k, v, *others):
-        """Attend as ever, and note the weights: (B, H, T, D) -> (B, H, T, D)."""
+    def record(layer, inputs):
+        """Called before each attention layer with what it is about to read."""
+        x, angles, visible, _ = inputs
+        q, k, _ = layer.project(x, angles)
         # With the rows of the identity as values, their weighted mean is the weights themselves.
-        unit = torch.eye(len(ids), device=k.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
-        maps.append(attention(q, k, unit, *others)[0])         # (H, T, T)
-        return attention(q, k, v, *others)
+        unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
+        weights = chapter3.attention(q, k, unit, visible, model.config.attention)
+        maps.append(weights[0])                                    # (H, T, T)
 
-    with patch.object(chapter3, "attention", record):          # in its place for this one reading
-        model(as_tensor(model, [ids]))
+    hooks = [block.self_attn.register_forward_pre_hook(record) for block in model.layers]
+    model(as_tensor(model, [ids]))
+    for hook in hooks:
+        hook.remove()
     return torch.stack(maps)
 
 
@@ -201,13 +204,13 @@ def draw_heatmap(model, tokenizer, ids, path):
     axes = figure.subplots(len(layers), H, squeeze=False)
     for layer, row in zip(layers, axes):
         for head, axis in enumerate(row):
-            # White is 0, the darkest 1: the first token sees only itself, so each map has a 1.
-            axis.imshow(maps[layer, head], cmap="Blues")
+            picture = axis.imshow(maps[layer, head], cmap="Blues", vmin=0, vmax=1)
             axis.set_title(f"layer {layer}, head {head}")
             axis.set_xticks(range(T), names, rotation=90, parse_math=False)    # $ is no formula
             axis.set_yticks(range(T), names, parse_math=False)
+    figure.colorbar(picture, ax=axes, aspect=40, label="weight of the token below")
     chapter1.save_figure(figure, path)
-    print(f"drew {path}: the darker, the more the token on the left looks at the one below")
+    print(f"drew {path}: how much the token on the left looks at the one below")
 
 
 @torch.inference_mode()
@@ -344,9 +347,10 @@ class Config:
 
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    found = sorted(given.keys() & {"chat", "score", "heatmap", "samples"})
-    if len(found) > 1:
-        raise CourseError(f"these flags do nothing together: {', '.join(found)}")
+    for group in ("chat score heatmap samples", "chat score prompt"):
+        found = sorted(given.keys() & group.split())
+        if len(found) > 1:
+            raise CourseError(f"these flags do nothing together: {', '.join(found)}")
     return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
 
 
@@ -369,8 +373,10 @@ def main(config):
     data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)
     for seed in range(config.seed, config.seed + config.samples):
         print(tokenizer.decode(ids), end="")
+        start = time.perf_counter()
         written = write(model, tokenizer, ids, replace(config, seed=seed), ends)
-        print(f"[seed {seed}: {len(written)} tokens]")
+        speed = len(written) / (time.perf_counter() - start)
+        print(f"[seed {seed}: {len(written)} tokens, {speed:.0f} per second]")
         if len(data):
             longest = memorisation(written, data[:10_000_000])
             print(f"[copied from the training data: {longest} tokens at a stretch]")
@@ -388,6 +394,8 @@ def open_model(folder, device, context=0):
     settings = Path(folder, "generation_config.json")
     if settings.exists():
         found = chapter1.read_json(settings, "the script that made the model")
+        if not isinstance(found, dict):
+            raise CourseError(f"{settings} holds no settings: copy the model's folder anew")
         ends = found.get("eos_token_id")                       # one id, several or none
     if not isinstance(ends, list):
         ends = [ends]
@@ -411,7 +419,7 @@ def with_chat_tokens(model, tokenizer):
     for i, text in enumerate(missing, tokenizer.vocab_size):
         added.append(chapter1.special_json(text, i))
     tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
-    V = model.config.vocab_size + len(missing)
+    V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
         new[:len(old)] = old                                   # `new` shares the model's memory

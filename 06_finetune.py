@@ -643,10 +643,10 @@ def main(config):
 
 # ---- Tools: names --------------------------------------------------------------------------------
 def split_names(tokenizer):
-    """Return (names to learn with, names held out): words that are common in Python's train modules.
+    """Return (names to learn with, names held out): common words of Python's train modules.
 
-    Names are copied token by token, and a token that never was is hard to copy. So there are made-up
-    names to learn with, too: each token of letters begins one of them, and ends one.
+    Names are copied token by token, and a token that never was is hard to copy. So made-up names
+    are learnt with, too: each token of letters begins one of them, and ends one.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):

@@ -215,8 +215,7 @@ def test_attention_maps_are_what_the_model_uses(model):
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-2, -1) / math.sqrt(q.shape[-1])
     weights = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf).softmax(-1)
     assert torch.allclose(maps[0], weights[0], atol=1e-5)
-    attention = chapter3.attention
-    assert torch.equal(before, model(ids)) and attention.__module__ == "03_model" and attention.__name__ == "attention"
+    assert torch.equal(before, model(ids)) and not any(part.self_attn._forward_pre_hooks for part in model.layers)
 
 
 def test_score_is_the_loss_by_hand(model, tokenizer, capsys):
@@ -344,7 +343,7 @@ def test_chat_from_a_pipe(folders):
 # ---- The script ----------------------------------------------------------------------------------
 def test_completion_seeds_samples_and_explain(run):
     one = run("--max-tokens", 9, "--seed", 4)
-    assert one.startswith("class") and "[seed 4: 9 tokens]" in one and "[copied from the training data: " in one
+    assert one.startswith("class") and "[seed 4: 9 tokens, " in one and "[copied from the training data: " in one
     two = run("--max-tokens", 9, "--seed", 3, "--samples", 2)
     assert two.split("stretch]\n")[1].startswith(one[:one.index("[seed 4")])
     lines = run("--max-tokens", 3, "--explain", "--prompt", "zażółć").splitlines()
@@ -375,6 +374,8 @@ def test_ends_of_a_folder(folders, tmp_path, tokenizer, text, ends):
     (path / "tokenizer_config.json").write_text("[1]", encoding="utf-8")       # these two are not needed here
     (path / "chat_template.jinja").write_bytes(b"\xff")
     assert chapter5.open_model(path, "cpu")[2] == {tokenizer.special_tokens.get(end, end) for end in ends}
+    with pytest.raises(chapter1.CourseError, match="generation_config.json"):
+        chapter5.open_model(edited(folders, tmp_path / "list", "generation_config.json", "[7]"), "cpu")
 
 
 def test_first_token_of_other_makers(run, folders, tmp_path):
@@ -385,7 +386,7 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--score x --heatmap y", "nothing together: heatmap, score"),
+    ("--chat --prompt x", "nothing together: chat, prompt"), ("--score x --heatmap y", "nothing together: heatmap, score"),
     ("--chat --samples 2", "nothing together: chat, samples"), ("--model {tmp}/nowhere", "no folder {tmp}/nowhere"),
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
