@@ -324,7 +324,7 @@ def compose(entry, task, names, chooser):
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it.
 
-    noise: words that take the place of some others, or of all, "Bytes turbo add(a, b) raise, self
+    noise: words that take the place of some others, or of all, "Bytes a turbo add(a, b) with raise
     the sum of a and b." So a model learns to look for the header and the description, wherever they
     stand, and not to lean on the rest.
     """
@@ -374,11 +374,10 @@ def is_new_pair(parts):
     return len(parts) == 2 and sum(places) % 8 == 0            # a hash could leave an entry without
 
 
-def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noisy=False):
+def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
     """Return tasks in which nothing is held out, but what `new` says: constants or combinations."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
-    noise = names if noisy else []
     tasks = []
     while len(tasks) < count:
         task = draw_task(names, lines, noise, chooser)
@@ -430,8 +429,10 @@ def is_allowed(node):
     return type(node).__name__ in SYNTAX
 
 
-def read_answer(task, answer):
-    """Return the verdict on an answer as it is written, or "" where it has to be run."""
+def verdict_on(task, answer, has_ended):
+    """Return the verdict on an answer: first it is read, and run only if all in it is allowed."""
+    if not has_ended:
+        return "no end"
     if len(answer) > 2000:
         return "not allowed"
     try:
@@ -445,16 +446,11 @@ def read_answer(task, answer):
     nodes = chain.from_iterable(map(ast.walk, functions[0].body))
     if has_power or not all(map(is_allowed, nodes)):
         return "not allowed"
-    return ""
+    return run_answer(task, answer)
 
 
 def judge(tasks, answers, ended):
     """Return the verdict on each answer; ended: whether it came to an end by itself."""
-    def verdict_on(task, answer, has_ended):
-        if not has_ended:
-            return "no end"
-        return read_answer(task, answer) or run_answer(task, answer)
-
     with ThreadPool() as pool:                                 # several answers run at once
         return pool.starmap(verdict_on, zip(tasks, answers, ended))
 
@@ -571,8 +567,8 @@ def split_off(conversations):
 
 def make_conversations(config, tokenizer):
     """Return (conversations to learn from, {what is new: held-out tasks})."""
-    names, new_names = split_names(tokenizer)
-    to_learn = draw_tasks(names, config.examples, config.seed, noisy=True)
+    names, new_names, noise = split_names(tokenizer)
+    to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
     tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
     return [conversation_of(task) for task in to_learn], tasks
 
@@ -643,7 +639,7 @@ def main(config):
 
 # ---- Tools: names --------------------------------------------------------------------------------
 def split_names(tokenizer):
-    """Return (names to learn with, names held out): common words of Python's train modules.
+    """Return (names to learn with, names held out, words for noise) of Python's train modules.
 
     Names are copied token by token, and a token that never was is hard to copy. So made-up names
     are learnt with, too: each token of letters begins one of them, and ends one.
@@ -651,15 +647,18 @@ def split_names(tokenizer):
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
-            counts.update(re.findall(r"\b[a-z]{3,10}\b", text))
+            counts.update(re.findall(r"\b[A-Za-z]{2,10}\b", text))
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    words = [word for word in sorted(counts) if counts[word] > 20 and word not in used]
+    common = [word for word in sorted(counts) if counts[word] > 20 and word not in used]
+    words = [word for word in common if re.fullmatch("[a-z]{3,}", word)]
     new = [word for word in words if is_held_out(word)]
     tokens = [token.decode() for token in tokenizer.tokens if re.fullmatch(b" ?[a-z]+", token)]
     beginnings = [token.strip() for token in tokens]
     ends = random.Random(0).sample(beginnings, len(beginnings))
     made_up = map("".join, zip(beginnings, ends))
-    return sorted({*words, *made_up} - {*new} - used), new
+    not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}
+    noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
+    return sorted({*words, *made_up} - {*new} - used), new, noise
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------

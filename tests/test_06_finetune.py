@@ -227,7 +227,7 @@ def is_phrased(task, phrasings):
 
 
 def test_noise_takes_the_place_of_any_word_but_header_and_description():
-    plain, noisy = [chapter6.draw_tasks(WORDS, 300, 4, noisy=noisy) for noisy in (False, True)]
+    plain, noisy = [chapter6.draw_tasks(WORDS, 300, 4, noise=noise) for noise in ((), WORDS)]
     rests = []
     for task in plain + noisy:
         header, text = task.header[4:-1].casefold(), task.instruction.casefold()
@@ -269,14 +269,16 @@ def test_names_to_learn_with_hold_nothing_that_is_held_out(monkeypatch):
     words = "of Build total sum even least " + " ".join(MADE_UP)
     monkeypatch.setattr(chapter1, "read_source", lambda source: [f"{number} return {words}" for number in range(60)] + ["rare"])
     tokenizer = chapter1.train_bpe([f" {words}"] * 3, 400)
-    to_learn, new = chapter6.split_names(tokenizer)
+    to_learn, new, noise = chapter6.split_names(tokenizer)
     assert new == sorted(NEW_WORDS) and {*WORDS} <= {*to_learn} and len({*to_learn}) == len(to_learn)
     assert not {*to_learn} & {*new, "part", "total", "sum", "of", "return", "even", "rare"}
     made_up = {*to_learn} - {*WORDS}
     for token in tokenizer.tokens:                             # in some made-up name, unless that is a held-out one
         if re.fullmatch(b" ?[a-z]{3,}", token):
             assert sum(token.decode().strip() in name for name in made_up) > 0, token
-    assert (to_learn, new) == chapter6.split_names(tokenizer)  # made up, but the same each time
+    assert (to_learn, new, noise) == chapter6.split_names(tokenizer)           # made up, but the same each time
+    assert {"of", "Build", "return", *WORDS} <= {*noise} and not {"total", "least", *new} & {*noise}
+    assert noise.count("of") > 10 * noise.count("rare")        # as often as it stands in a module
 
 
 # ---- A conversation as a batch
@@ -380,7 +382,7 @@ def test_lora_equals_its_formula_and_its_merged_model():
 def tune(tmp_path, tokenizer, monkeypatch, capsys):
     """Return a function that tunes a tiny model with some flags; it returns what was printed."""
     monkeypatch.setattr(chapter4, "draw_curves", lambda logs, path: None)
-    monkeypatch.setattr(chapter6, "split_names", lambda tokenizer: (WORDS, NEW_WORDS))
+    monkeypatch.setattr(chapter6, "split_names", lambda tokenizer: (WORDS, NEW_WORDS, WORDS))
     chapter4.save_folder(tiny_model(tokenizer.vocab_size), tokenizer, tmp_path / "base", [0])
     usual = "--device cpu --precision fp32 --no-compile --batch-tokens 256 --lr 0.01 --matrix-lr 0.02".split()
 

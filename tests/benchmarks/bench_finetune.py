@@ -241,13 +241,13 @@ def main():
     device = chapter4.choose_device(flags.device)
     base, tokenizer, base_ends = chapter5.open_model(run["init"] or flags.out / "base", device)
     tuned, tokenizer_of_chat, ends = chapter5.open_model(flags.out / "chat", device)
-    words, new_words = chapter6.split_names(tokenizer_of_chat)
+    words, new_words, noise = chapter6.split_names(tokenizer_of_chat)
     tasks = chapter6.held_out_tasks(words, new_words, flags.tasks, seed)
     if flags.transformers:
         return compare_with_transformers(flags.out / "chat", list(chain.from_iterable(tasks.values()))[::4][:flags.transformers])
     results, start = {}, time.time()
     if not flags.only_sentences:
-        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"], noisy=True)
+        training = chapter6.draw_tasks(words, flags.examples or run["examples"], run["seed"], noise=noise)
         if chapter1.CHAT_START in tokenizer.special_tokens:
             results = show_before(base, tokenizer, base_ends, tasks, training)
         results |= show_after(tuned, tokenizer_of_chat, ends, tasks, training)
