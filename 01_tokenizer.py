@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import chain, cycle, groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import get_args
 
@@ -60,19 +60,19 @@ SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
 
 # ---- Training, by its definition -----------------------------------------------------------------
-def merge(ids, pair, new):
-    """Return `ids` with each `pair` of neighbours replaced by `new`, from left to right.
+def merge(tokens, pair, new):
+    """Return `tokens`, their ids or their bytes, with each `pair` of neighbours replaced by `new`.
 
-    >>> merge([97, 97, 97, 98], (97, 97), 256)
+    >>> merge([97, 97, 97, 98], (97, 97), 256)     # from left to right
     [256, 97, 98]
     """
     left, right = pair
     merged = []
-    for i in ids:
-        if i == right and merged and merged[-1] == left:
+    for token in tokens:
+        if token == right and merged and merged[-1] == left:
             merged[-1] = new
         else:
-            merged.append(i)
+            merged.append(token)
     return merged
 
 
@@ -180,14 +180,13 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # Each maker calls it otherwise; the first that fits is the end of a text.
+        # Each maker calls these two otherwise; of several names that fit, the first is meant.
+        starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
+        self.first = self.special_tokens.get(next(starts, None))
         self.end = next(ends, None)
-        self.first = read_first(data, self.special_tokens)
         self._patterns = read_patterns(data["pre_tokenizer"])
-        # {pair of ids: (how early it was learnt, the id that it becomes)}
-        self._becomes = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
-                         for rank, (a, b) in enumerate(self.merges)}
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
@@ -195,19 +194,17 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        ids = [self.tokens[bytes([byte])] for byte in whole]
+        parts = [bytes([byte]) for byte in whole]
         # The neighbours that have a merge, until there are none:
-        while mergeable := self._becomes.keys() & zip(ids, ids[1:]):
-            pair = min(mergeable, key=self._becomes.get)           # the one learnt first
-            _, new = self._becomes[pair]
-            ids = merge(ids, pair, new)
-        return ids
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):
+            pair = min(mergeable, key=self._ranks.get)             # the one learnt first
+            parts = merge(parts, pair, b"".join(pair))
+        return [self.tokens[part] for part in parts]
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        normalizer = self.data.get("normalizer")
-        if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
-            text = unicodedata.normalize(normalizer["type"], text)
+        if self.data.get("normalizer"):                    # Qwen's is NFC: "e" + "´" becomes "é"
+            text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
         for pattern in self._patterns:                     # each cuts the pieces of the one before
             chunks = chain.from_iterable(map(pattern.findall, chunks))
@@ -239,8 +236,9 @@ class Tokenizer:
         data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
         try:
             return cls(data)
-        except Exception as error:                         # whatever a damaged file brings about
-            raise CourseError(f"{path}: {type(error).__name__}: {error}") from None
+        except Exception as error:                         # a file may hold anything
+            raise CourseError(f"{path} is damaged or not supported ({error!r}): we read byte-level "
+                              "BPE as of GPT-2, Llama 3, Qwen3 and SmolLM2") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
@@ -278,14 +276,6 @@ def split_documents(documents):
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
-def show_tokens(pieces, colours=(24, 53, 22, 94)):
-    """Return the pieces side by side, coloured in turn on a terminal, else parted by bars."""
-    if not sys.stdout.isatty():
-        return "|".join(pieces)
-    coloured = zip(pieces, cycle(colours))
-    return "".join([f"\x1b[48;5;{colour}m{piece}\x1b[0m" for piece, colour in coloured])
-
-
 def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
@@ -294,7 +284,7 @@ def show_tokenizer(tokenizer, sample):
     print("first merges:  ", *map(repr, merged))
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
-    print(f"a sample, token by token:\n{show_tokens(pieces)}")
+    print("a sample, token by token:", "|".join(pieces), sep="\n")
     print(f"{len(sample.encode()) / len(ids):.2f} bytes per token on text it has learnt from")
 
 
@@ -318,7 +308,7 @@ def main(config):
                           f"or --vocab-size {config.vocab_size} is not over 259")
     show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
-    write_json(folder / "source.json", from_anywhere(config.source))
+    write_json(folder / "source.json", config.source)
     print(f"saved {folder}; next: {command('02_data.py', config)}")
 
 
@@ -387,10 +377,7 @@ def replacing(path):
 def save_figure(figure, path):
     """Draw a figure of matplotlib to a file; without a suffix, as a PNG."""
     with replacing(path) as temporary:
-        try:
-            figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
-        except ValueError as error:                        # a suffix that it does not know
-            raise CourseError(f"cannot draw {path}: {error}") from None
+        figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
 
 
 def write_json(path, value):
@@ -450,14 +437,8 @@ def read_source(source, downloads="out/downloads"):
                 yield text
         if not found:
             raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
-                              "*.jsonl there; is it a download? then run 02_data.py first")
-
-
-def from_anywhere(source):
-    """Return a source with whole paths, so that chapter 2 finds it from another folder too."""
-    # Without a folder of downloads, only what is really there is found.
-    return [os.path.abspath(name) if name != "python" and find_files(name, os.devnull) else name
-            for name in source]
+                              f"*.jsonl there, seen from {Path.cwd()}; is it a download? then run "
+                              "02_data.py first")
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
@@ -498,7 +479,7 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 
 def read_patterns(cutter):
-    """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
+    """Return the patterns by which a text is cut. Raises ValueError for unknown kinds of cuts."""
     cuts = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
@@ -506,32 +487,22 @@ def read_patterns(cutter):
         elif step["type"] == "Digits":                         # SmolLM
             cuts.append(r"\p{N}")
         elif step["type"] != "ByteLevel":
-            raise ValueError(f"a {step['type']} step is not supported")
+            raise ValueError(f"a {step['type']} step")
         elif step.get("use_regex", True):
             cuts.append(GPT2_PATTERN)
     # What a cut leaves between its matches is a chunk too.
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 
 
-def read_first(data, special_tokens):
-    """Return the id that this kind of tokenizer wants before each text (Llama 3), or None."""
-    last = data.get("post_processor") or {}
-    for step in last.get("processors", [last]):
-        match step:
-            case {"single": [{"SpecialToken": {"id": text}}, *_]}:     # a template for one text
-                return special_tokens[text]
-    return None
-
-
 def read_tokens(model, special_tokens):
-    """Return (tokens, merges) as Tokenizer wants them. Raises ValueError for other methods."""
-    if model.get("byte_fallback") or "merges" not in model:
-        raise ValueError("no byte-level BPE, as Llama 2's is not, so it is not supported")
+    """Return (tokens, merges) as Tokenizer wants them."""
     tokens = {to_bytes(token): i for token, i in model["vocab"].items()
               if token not in special_tokens}
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair        # "a b" is older
-             for pair in model["merges"]]
-    return tokens, [(to_bytes(left), to_bytes(right)) for left, right in pairs]
+    merges = []
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
+        merges.append((to_bytes(left), to_bytes(right)))
+    return tokens, merges
 
 
 if __name__ == "__main__":

@@ -111,15 +111,11 @@ def write_tokens(documents, tokenizer, folder):
 # ---- Batches -------------------------------------------------------------------------------------
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
-    path = folder / f"{split}.bin"
     meta = chapter1.read_json(folder / "meta.json", "02_data.py")
-    try:
-        count = meta["splits"][split]["tokens"]
-        if count == 0:
-            return np.zeros(0, meta["dtype"]), meta            # no empty file can be mapped
-        return np.memmap(path, meta["dtype"], "r", shape=count), meta
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise CourseError(f"{path} is not what meta.json says ({error}): run 02_data.py") from None
+    count = meta["splits"][split]["tokens"]
+    if count == 0:
+        return np.zeros(0, meta["dtype"]), meta                # no empty file can be mapped
+    return np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=count), meta
 
 
 @lru_cache(maxsize=4)                                          # else each step would shuffle anew
@@ -161,7 +157,7 @@ def show_batch(tokens, tokenizer):
     for sequence in zip(x, y):
         for name, ids in zip(("input  x", "target y"), sequence):
             pieces = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
-            print(f"{name}: {chapter1.show_tokens(pieces)}")
+            print(f"{name}:", "|".join(pieces))
 
 
 def draw_statistics(tokens, tokenizer, path):
@@ -206,7 +202,7 @@ def choose_source(config):
         if tokenizer.end is None:
             raise CourseError(f"--tokenizer {config.tokenizer} has no token that ends a document")
         tokenizer.save(folder)                                 # as if chapter 1 had made it
-        chapter1.write_json(kept, chapter1.from_anywhere(source))
+        chapter1.write_json(kept, source)
     elif not kept.exists():
         make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
         raise CourseError(f"there is no tokenizer in {folder} yet: `{make}` makes it")
