@@ -101,10 +101,9 @@ def learn_merges_naive(chunks, how_many):
 
 
 # ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
-# A merge changes only the pairs beside it. So all chunks are laid side by side with a GAP between
-# them, pairs are counted once, and for each pair its positions are kept: a merge visits those and
-# corrects the counts there. Tokens never move: a long one's id stands at its first and last byte,
-# where its neighbours look for it.
+# A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
+# pairs are counted once; a merge visits the positions of its pair and corrects the counts there.
+# Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
 #     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
 #     after (l, o)    GAP   lo   lo    w    e  GAP          (lo, w) once more
@@ -169,14 +168,15 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back, by merges. It is made of `data`, what the file tokenizer.json holds (at
-    the end): so ours and GPT-2's come in by one door.
+    """Text to ids and back. `data` is what a tokenizer.json holds: ours and GPT-2's open alike.
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
     {text: id}; end: the one of them after a document; first: an id before each text, or None."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
-        self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
+        self.tokens = {to_bytes(token): i for token, i in data["model"]["vocab"].items()
+                       if token not in self.special_tokens}
+        self.merges = [read_pair(pair) for pair in data["model"]["merges"]]
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
@@ -225,9 +225,9 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
         write_json(Path(folder) / "tokenizer.json", self.data)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "eos_token": self.end, "pad_token": self.end})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end,
+                  "pad_token": self.end, "clean_up_tokenization_spaces": False}
+        write_json(Path(folder) / "tokenizer_config.json", config)
 
     @classmethod
     def load(cls, folder):
@@ -237,8 +237,7 @@ class Tokenizer:
         try:
             return cls(data)
         except Exception as error:                         # a file may hold anything
-            raise CourseError(f"{path} is damaged or not supported ({error!r}): we read byte-level "
-                              "BPE as of GPT-2, Llama 3, Qwen3 and SmolLM2") from None
+            raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
@@ -436,9 +435,8 @@ def read_source(source, downloads="out/downloads"):
                 found += 1
                 yield text
         if not found:
-            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
-                              f"*.jsonl there, seen from {Path.cwd()}; is it a download? then run "
-                              "02_data.py first")
+            raise CourseError(f"--source {name} (from {Path.cwd()}): no UTF-8 text in *.txt, *.md, "
+                              "*.py or *.jsonl there; is it a download? then run 02_data.py first")
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
@@ -453,6 +451,12 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 def to_bytes(spelled):
     """Return the bytes of a spelled token: "Ġthe" -> b" the"."""
     return bytes(map(BYTE_OF.get, spelled))
+
+
+def read_pair(pair):
+    """Return the bytes of the two tokens of a merge: ["a", "b"], or "a b" in older files."""
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return to_bytes(left), to_bytes(right)
 
 
 def special_json(text, i):
@@ -492,17 +496,6 @@ def read_patterns(cutter):
             cuts.append(GPT2_PATTERN)
     # What a cut leaves between its matches is a chunk too.
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
-
-
-def read_tokens(model, special_tokens):
-    """Return (tokens, merges) as Tokenizer wants them."""
-    tokens = {to_bytes(token): i for token, i in model["vocab"].items()
-              if token not in special_tokens}
-    merges = []
-    for pair in model["merges"]:
-        left, right = pair.split(" ") if isinstance(pair, str) else pair       # "a b" is older
-        merges.append((to_bytes(left), to_bytes(right)))
-    return tokens, merges
 
 
 if __name__ == "__main__":
