@@ -119,6 +119,9 @@ def learn_merges(chunks, how_many):
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what step 2 adds to counts; at first, all}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
+    queue = []                                   # a heap of (-count, pair): the commonest on top
+    merges = []
     for chunk, n in chunks.items():
         piece = chunk.encode()
         for i, pair in enumerate(zip(piece, piece[1:]), start=len(ids)):
@@ -126,10 +129,6 @@ def learn_merges(chunks, how_many):
             positions[pair].append(i)
         ids += [*piece, GAP]
         times += [n] * (len(piece) + 1)
-
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
-    queue = []                                   # a heap of (-count, pair): the commonest on top
-    merges = []
     while len(merges) < how_many:
         # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
@@ -147,7 +146,6 @@ def learn_merges(chunks, how_many):
         new = 256 + len(merges)
         merges.append(best)
         size[new] = size[left] + size[right]
-
         # 3. Merge it wherever it stands; only the pairs beside it change.
         for i in positions.pop(best):
             middle = i + size[left]              # where the right one begins
@@ -195,7 +193,6 @@ class Tokenizer:
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
         parts = [bytes([byte]) for byte in whole]
-        # The neighbours that have a merge, until there are none:
         while mergeable := self._ranks.keys() & zip(parts, parts[1:]):
             pair = min(mergeable, key=self._ranks.get)             # the one learnt first
             parts = merge(parts, pair, b"".join(pair))
@@ -440,11 +437,10 @@ def read_source(source, downloads="out/downloads"):
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
-# JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
-# others, in order, by the letters from number 256 on. A space is "Ġ".
+# JSON holds no bytes: GPT-2 writes printable ones as themselves, the others as letters 256, 257...
 OTHERS = [*range(33), *range(127, 161), 173]
 BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in OTHERS}
-BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(OTHERS)})
+BYTE_OF.update({chr(i): byte for i, byte in enumerate(OTHERS, 256)})
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -473,7 +469,7 @@ def tokenizer_json(pairs, pattern, special_tokens):
         merges.append([spelled[left], spelled[right]])
         spelled.append(spelled[left] + spelled[right])
     vocab = {token: i for i, token in enumerate(spelled)}
-    added = [special_json(text, len(spelled) + i) for i, text in enumerate(special_tokens)]
+    added = [special_json(text, i) for i, text in enumerate(special_tokens, len(spelled))]
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     spell = {"type": "ByteLevel", "use_regex": False,
              "add_prefix_space": False, "trim_offsets": True}
@@ -483,17 +479,14 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 
 def read_patterns(cutter):
-    """Return the patterns by which a text is cut. Raises ValueError for unknown kinds of cuts."""
+    """Return the patterns by which a text is cut. Raises KeyError for a step that is not known."""
+    known = {"ByteLevel": GPT2_PATTERN, "Digits": r"\p{N}"}     # Digits: SmolLM's
     cuts = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
             cuts.append(step["pattern"]["Regex"])
-        elif step["type"] == "Digits":                         # SmolLM
-            cuts.append(r"\p{N}")
-        elif step["type"] != "ByteLevel":
-            raise ValueError(f"a {step['type']} step")
         elif step.get("use_regex", True):
-            cuts.append(GPT2_PATTERN)
+            cuts.append(known[step["type"]])
     # What a cut leaves between its matches is a chunk too.
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 

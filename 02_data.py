@@ -33,7 +33,6 @@ from matplotlib.figure import Figure
 
 chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
-Tokenizer = chapter1.Tokenizer
 
 # Legend
 #   B   batch: how many sequences one step reads
@@ -60,20 +59,19 @@ def clean(documents, changed, dropped):
     """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
     Why drop duplicates? A text that is read often is learnt by heart, at the cost of the others.
     And if it is in train and in test as well, the test is an exam whose questions were known."""
-    seen = set()
+    seen = set()  # hashes, as all the texts would fill the memory
     for split, text in documents:
         for rule, mend in RULES.items():
             mended = mend(text)
             if mended != text:
                 changed[rule] += 1
                 text = mended
-        digest = hashlib.sha256(text.encode()).digest()
         if len(text.strip()) < SHORTEST:
             dropped[f"under {SHORTEST} characters"] += 1
-        elif digest in seen:
+        elif hash(text) in seen:
             dropped["duplicate"] += 1
         else:
-            seen.add(digest)
+            seen.add(hash(text))
             yield split, text
 
 
@@ -82,9 +80,8 @@ SPLITS = ("train", "val", "test")
 
 
 def write_tokens(documents, tokenizer, folder):
-    """Write {split}.bin, flat files of token ids, and meta.json, which describes them. meta.json is
-    removed first and written last: where it stands, the files are whole. Returns
-    {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
+    """Write {split}.bin, flat files of token ids, and return how much each split holds. meta.json,
+    which describes them, is removed first and written last: where it stands, they are whole."""
     # By this separator, the model learns where a text ends: the next has nothing to do with it.
     end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
@@ -112,7 +109,7 @@ def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
     meta = chapter1.read_json(folder / "meta.json", "02_data.py")
     count = meta["splits"][split]["tokens"]
-    if count == 0:
+    if not count:
         return np.zeros(0, meta["dtype"]), meta                # no empty file can be mapped
     return np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=count), meta
 
@@ -161,9 +158,9 @@ def show_batch(tokens, tokenizer):
 
 def draw_statistics(tokens, tokenizer, path):
     """Draw how long documents are, and how often tokens occur, beside Zipf's law: in any language,
-    the commonest word occurs n times as often as the nth, a straight line where both axes are
-    logarithmic. So a few tokens are seen all the time and learnt first; most are rare, and for them
-    a model needs all the text there is."""
+    the commonest word occurs twice as often as the second, three times as often as the third: a
+    straight line on logarithmic axes. So a few tokens are seen all the time and learnt first; most
+    are rare, and for them a model needs all the text there is."""
     tokens = tokens[:20_000_000]
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
@@ -195,7 +192,7 @@ def choose_source(config):
     kept = folder / "source.json"                              # chapter 1 writes it last
     source = config.source or ["python"]
     if config.tokenizer:                                       # as if chapter 1 had made it
-        Tokenizer.load(config.tokenizer).save(folder)
+        chapter1.Tokenizer.load(config.tokenizer).save(folder)
         if config.source or not kept.exists():
             chapter1.write_json(kept, source)
     make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
@@ -214,13 +211,12 @@ def main(config):
     # Split before cleaning, as chapter 1 did: so both hold out the same texts. Nothing is read yet:
     # these are generators, and work when write_tokens asks for the next document.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
-    tokenizer = Tokenizer.load(out / "tokenizer")
+    tokenizer = chapter1.Tokenizer.load(out / "tokenizer")
     totals = write_tokens(clean(documents, changed, dropped), tokenizer, folder)
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
         print("{:5} {documents:9,} documents {tokens:13,} tokens {bytes:14,} bytes"
               .format(split, **n))
-
     tokens, _ = open_tokens(folder, "train")
     show_batch(tokens, tokenizer)
     draw_statistics(tokens, tokenizer, folder / "statistics.png")
@@ -277,10 +273,11 @@ def download(name, folder):
 # ---- Tools: for later chapters -------------------------------------------------------------------
 def matching_tokens(folder, split, tokenizer):
     """Return the tokens of a split; none if there are none, or another tokenizer made them."""
-    if not (folder / "meta.json").exists():
-        return np.zeros(0, np.uint16)
-    tokens, meta = open_tokens(folder, split)
-    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
+    if (folder / "meta.json").exists():
+        tokens, meta = open_tokens(folder, split)
+        if meta["fingerprint"] == tokenizer.fingerprint():
+            return tokens
+    return np.zeros(0, np.uint16)
 
 
 def token_sizes(tokenizer, V):
