@@ -102,7 +102,7 @@ def learn_merges_naive(chunks, how_many):
 
 # ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
 # A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
-# pairs are counted once; a merge visits the positions of its pair and corrects the counts there.
+# pairs are counted once, their positions kept: a merge visits those of its pair and mends counts.
 # Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
 #     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
@@ -222,9 +222,9 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
         write_json(Path(folder) / "tokenizer.json", self.data)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end,
-                  "pad_token": self.end, "clean_up_tokenization_spaces": False}
-        write_json(Path(folder) / "tokenizer_config.json", config)
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end,
+                    "pad_token": self.end, "clean_up_tokenization_spaces": False}
+        write_json(Path(folder) / "tokenizer_config.json", settings)
 
     @classmethod
     def load(cls, folder):
@@ -432,8 +432,8 @@ def read_source(source, downloads="out/downloads"):
                 found += 1
                 yield text
         if not found:
-            raise CourseError(f"--source {name} (from {Path.cwd()}): no UTF-8 text in *.txt, *.md, "
-                              "*.py or *.jsonl there; is it a download? then run 02_data.py first")
+            raise CourseError(f"--source {name} (seen from {Path.cwd()}): no UTF-8 text in *.txt, "
+                              "*.md, *.py or *.jsonl there; for a download, run 02_data.py first")
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
