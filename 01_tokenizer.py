@@ -28,7 +28,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import chain, cycle, groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import get_args
 
@@ -60,19 +60,19 @@ SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
 
 # ---- Training, by its definition -----------------------------------------------------------------
-def merge(ids, pair, new):
-    """Return `ids` with each `pair` of neighbours replaced by `new`, from left to right.
+def merge(tokens, pair, new):
+    """Return `tokens`, their ids or their bytes, with each `pair` of neighbours replaced by `new`.
 
-    >>> merge([97, 97, 97, 98], (97, 97), 256)
+    >>> merge([97, 97, 97, 98], (97, 97), 256)     # from left to right
     [256, 97, 98]
     """
     left, right = pair
     merged = []
-    for i in ids:
-        if i == right and merged and merged[-1] == left:
+    for token in tokens:
+        if token == right and merged and merged[-1] == left:
             merged[-1] = new
         else:
-            merged.append(i)
+            merged.append(token)
     return merged
 
 
@@ -101,10 +101,9 @@ def learn_merges_naive(chunks, how_many):
 
 
 # ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
-# A merge changes only the pairs beside it. So all chunks are laid side by side with a GAP between
-# them, pairs are counted once, and for each pair its positions are kept: a merge visits those and
-# corrects the counts there. Tokens never move: a long one's id stands at its first and last byte,
-# where its neighbours look for it.
+# A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
+# pairs are counted once, their positions kept: a merge visits those of its pair and mends counts.
+# Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
 #     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
 #     after (l, o)    GAP   lo   lo    w    e  GAP          (lo, w) once more
@@ -120,6 +119,9 @@ def learn_merges(chunks, how_many):
     counts = Counter()                           # {pair: how often it occurs now}
     changes = Counter()                          # {pair: what step 2 adds to counts; at first, all}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
+    queue = []                                   # a heap of (-count, pair): the commonest on top
+    merges = []
     for chunk, n in chunks.items():
         piece = chunk.encode()
         for i, pair in enumerate(zip(piece, piece[1:]), start=len(ids)):
@@ -127,10 +129,6 @@ def learn_merges(chunks, how_many):
             positions[pair].append(i)
         ids += [*piece, GAP]
         times += [n] * (len(piece) + 1)
-
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
-    queue = []                                   # a heap of (-count, pair): the commonest on top
-    merges = []
     while len(merges) < how_many:
         # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
@@ -148,7 +146,6 @@ def learn_merges(chunks, how_many):
         new = 256 + len(merges)
         merges.append(best)
         size[new] = size[left] + size[right]
-
         # 3. Merge it wherever it stands; only the pairs beside it change.
         for i in positions.pop(best):
             middle = i + size[left]              # where the right one begins
@@ -169,25 +166,25 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back, by merges. It is made of `data`, what the file tokenizer.json holds (at
-    the end): so ours and GPT-2's come in by one door.
+    """Text to ids and back. `data` is what a tokenizer.json holds: ours and GPT-2's open alike.
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
     {text: id}; end: the one of them after a document; first: an id before each text, or None."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
-        self.tokens, self.merges = read_tokens(data["model"], self.special_tokens)
+        self.tokens = {to_bytes(token): i for token, i in data["model"]["vocab"].items()
+                       if token not in self.special_tokens}
+        self.merges = [read_pair(pair) for pair in data["model"]["merges"]]
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # Each maker calls it otherwise; the first that fits is the end of a text.
+        # Each maker calls these two otherwise; of several names that fit, the first is meant.
+        starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
+        self.first = self.special_tokens.get(next(starts, None))
         self.end = next(ends, None)
-        self.first = read_first(data, self.special_tokens)
         self._patterns = read_patterns(data["pre_tokenizer"])
-        # {pair of ids: (how early it was learnt, the id that it becomes)}
-        self._becomes = {(self.tokens[a], self.tokens[b]): (rank, self.tokens[a + b])
-                         for rank, (a, b) in enumerate(self.merges)}
+        self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
     def _encode_chunk(self, chunk):
@@ -195,19 +192,16 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
-        ids = [self.tokens[bytes([byte])] for byte in whole]
-        # The neighbours that have a merge, until there are none:
-        while mergeable := self._becomes.keys() & zip(ids, ids[1:]):
-            pair = min(mergeable, key=self._becomes.get)           # the one learnt first
-            _, new = self._becomes[pair]
-            ids = merge(ids, pair, new)
-        return ids
+        parts = [bytes([byte]) for byte in whole]
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):
+            pair = min(mergeable, key=self._ranks.get)             # the one learnt first
+            parts = merge(parts, pair, b"".join(pair))
+        return [self.tokens[part] for part in parts]
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        normalizer = self.data.get("normalizer")
-        if normalizer:                                     # Qwen's is NFC: "e" + "´" becomes "é"
-            text = unicodedata.normalize(normalizer["type"], text)
+        if self.data.get("normalizer"):                    # Qwen's is NFC: "e" + "´" becomes "é"
+            text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
         for pattern in self._patterns:                     # each cuts the pieces of the one before
             chunks = chain.from_iterable(map(pattern.findall, chunks))
@@ -228,9 +222,9 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
         write_json(Path(folder) / "tokenizer.json", self.data)
-        write_json(Path(folder) / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "eos_token": self.end, "pad_token": self.end})
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end,
+                    "pad_token": self.end, "clean_up_tokenization_spaces": False}
+        write_json(Path(folder) / "tokenizer_config.json", settings)
 
     @classmethod
     def load(cls, folder):
@@ -239,8 +233,8 @@ class Tokenizer:
         data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
         try:
             return cls(data)
-        except Exception as error:                         # whatever a damaged file brings about
-            raise CourseError(f"{path}: {type(error).__name__}: {error}") from None
+        except Exception as error:                         # a file may hold anything
+            raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
@@ -278,14 +272,6 @@ def split_documents(documents):
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
-def show_tokens(pieces, colours=(24, 53, 22, 94)):
-    """Return the pieces side by side, coloured in turn on a terminal, else parted by bars."""
-    if not sys.stdout.isatty():
-        return "|".join(pieces)
-    coloured = zip(pieces, cycle(colours))
-    return "".join([f"\x1b[48;5;{colour}m{piece}\x1b[0m" for piece, colour in coloured])
-
-
 def show_tokenizer(tokenizer, sample):
     """Print the first merges, and a sample text token by token."""
     print(f"{tokenizer.vocab_size:,} tokens: 256 bytes, {len(tokenizer.merges):,} merges, "
@@ -294,7 +280,7 @@ def show_tokenizer(tokenizer, sample):
     print("first merges:  ", *map(repr, merged))
     ids = tokenizer.encode(sample)
     pieces = [tokenizer.decode([i]) for i in ids[:80]]
-    print(f"a sample, token by token:\n{show_tokens(pieces)}")
+    print("a sample, token by token:", "|".join(pieces), sep="\n")
     print(f"{len(sample.encode()) / len(ids):.2f} bytes per token on text it has learnt from")
 
 
@@ -318,7 +304,7 @@ def main(config):
                           f"or --vocab-size {config.vocab_size} is not over 259")
     show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
-    write_json(folder / "source.json", from_anywhere(config.source))
+    write_json(folder / "source.json", config.source)
     print(f"saved {folder}; next: {command('02_data.py', config)}")
 
 
@@ -387,10 +373,7 @@ def replacing(path):
 def save_figure(figure, path):
     """Draw a figure of matplotlib to a file; without a suffix, as a PNG."""
     with replacing(path) as temporary:
-        try:
-            figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
-        except ValueError as error:                        # a suffix that it does not know
-            raise CourseError(f"cannot draw {path}: {error}") from None
+        figure.savefig(temporary, dpi=110, format=Path(path).suffix[1:] or "png")
 
 
 def write_json(path, value):
@@ -449,29 +432,27 @@ def read_source(source, downloads="out/downloads"):
                 found += 1
                 yield text
         if not found:
-            raise CourseError(f"--source {name}: no UTF-8 text in files like *.txt, *.md, *.py or "
-                              "*.jsonl there; is it a download? then run 02_data.py first")
-
-
-def from_anywhere(source):
-    """Return a source with whole paths, so that chapter 2 finds it from another folder too."""
-    # Without a folder of downloads, only what is really there is found.
-    return [os.path.abspath(name) if name != "python" and find_files(name, os.devnull) else name
-            for name in source]
+            raise CourseError(f"--source {name} (seen from {Path.cwd()}): no UTF-8 text in *.txt, "
+                              "*.md, *.py or *.jsonl there; for a download, run 02_data.py first")
 
 
 # ---- Tools: tokenizer.json as Hugging Face's libraries read and write it -------------------------
-# JSON holds no bytes, so GPT-2 spells each byte by a letter: printable ones by themselves, the
-# others, in order, by the letters from number 256 on. A space is "Ġ".
+# JSON holds no bytes: GPT-2 writes printable ones as themselves, the others as letters 256, 257...
 OTHERS = [*range(33), *range(127, 161), 173]
 BYTE_OF = {chr(byte): byte for byte in range(256) if byte not in OTHERS}
-BYTE_OF.update({chr(256 + i): byte for i, byte in enumerate(OTHERS)})
+BYTE_OF.update({chr(i): byte for i, byte in enumerate(OTHERS, 256)})
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def to_bytes(spelled):
     """Return the bytes of a spelled token: "Ġthe" -> b" the"."""
     return bytes(map(BYTE_OF.get, spelled))
+
+
+def read_pair(pair):
+    """Return the bytes of the two tokens of a merge: ["a", "b"], or "a b" in older files."""
+    left, right = pair.split(" ") if isinstance(pair, str) else pair
+    return to_bytes(left), to_bytes(right)
 
 
 def special_json(text, i):
@@ -488,7 +469,7 @@ def tokenizer_json(pairs, pattern, special_tokens):
         merges.append([spelled[left], spelled[right]])
         spelled.append(spelled[left] + spelled[right])
     vocab = {token: i for i, token in enumerate(spelled)}
-    added = [special_json(text, len(spelled) + i) for i, text in enumerate(special_tokens)]
+    added = [special_json(text, i) for i, text in enumerate(special_tokens, len(spelled))]
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     spell = {"type": "ByteLevel", "use_regex": False,
              "add_prefix_space": False, "trim_offsets": True}
@@ -498,40 +479,16 @@ def tokenizer_json(pairs, pattern, special_tokens):
 
 
 def read_patterns(cutter):
-    """Return the patterns by which a text is cut. Raises ValueError for kinds we do not know."""
+    """Return the patterns by which a text is cut. Raises KeyError for a step that is not known."""
+    known = {"ByteLevel": GPT2_PATTERN, "Digits": r"\p{N}"}     # Digits: SmolLM's
     cuts = []
     for step in cutter.get("pretokenizers", [cutter]):         # several steps, or a single one
         if step["type"] == "Split":
             cuts.append(step["pattern"]["Regex"])
-        elif step["type"] == "Digits":                         # SmolLM
-            cuts.append(r"\p{N}")
-        elif step["type"] != "ByteLevel":
-            raise ValueError(f"a {step['type']} step is not supported")
         elif step.get("use_regex", True):
-            cuts.append(GPT2_PATTERN)
+            cuts.append(known[step["type"]])
     # What a cut leaves between its matches is a chunk too.
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
-
-
-def read_first(data, special_tokens):
-    """Return the id that this kind of tokenizer wants before each text (Llama 3), or None."""
-    last = data.get("post_processor") or {}
-    for step in last.get("processors", [last]):
-        match step:
-            case {"single": [{"SpecialToken": {"id": text}}, *_]}:     # a template for one text
-                return special_tokens[text]
-    return None
-
-
-def read_tokens(model, special_tokens):
-    """Return (tokens, merges) as Tokenizer wants them. Raises ValueError for other methods."""
-    if model.get("byte_fallback") or "merges" not in model:
-        raise ValueError("no byte-level BPE, as Llama 2's is not, so it is not supported")
-    tokens = {to_bytes(token): i for token, i in model["vocab"].items()
-              if token not in special_tokens}
-    pairs = [pair.split(" ") if isinstance(pair, str) else pair        # "a b" is older
-             for pair in model["merges"]]
-    return tokens, [(to_bytes(left), to_bytes(right)) for left, right in pairs]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from matplotlib.figure import Figure
 
 chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
-Tokenizer = chapter1.Tokenizer
 
 # Legend
 #   B   batch: how many sequences one step reads
@@ -58,23 +57,21 @@ SHORTEST = 20  # characters; a shorter document teaches little
 
 def clean(documents, changed, dropped):
     """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
-
     Why drop duplicates? A text that is read often is learnt by heart, at the cost of the others.
     And if it is in train and in test as well, the test is an exam whose questions were known."""
-    seen = set()
+    seen = set()  # hashes, as all the texts would fill the memory
     for split, text in documents:
         for rule, mend in RULES.items():
             mended = mend(text)
             if mended != text:
                 changed[rule] += 1
                 text = mended
-        digest = hashlib.sha256(text.encode()).digest()
         if len(text.strip()) < SHORTEST:
             dropped[f"under {SHORTEST} characters"] += 1
-        elif digest in seen:
+        elif hash(text) in seen:
             dropped["duplicate"] += 1
         else:
-            seen.add(digest)
+            seen.add(hash(text))
             yield split, text
 
 
@@ -83,9 +80,8 @@ SPLITS = ("train", "val", "test")
 
 
 def write_tokens(documents, tokenizer, folder):
-    """Write {split}.bin, flat files of token ids, and meta.json, which describes them. meta.json is
-    removed first and written last: where it stands, the files are whole. Returns
-    {split: Counter of documents, tokens and bytes}. Raises CourseError if nothing is left."""
+    """Write {split}.bin, flat files of token ids, and return how much each split holds. meta.json,
+    which describes them, is removed first and written last: where it stands, they are whole."""
     # By this separator, the model learns where a text ends: the next has nothing to do with it.
     end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
@@ -111,15 +107,11 @@ def write_tokens(documents, tokenizer, folder):
 # ---- Batches -------------------------------------------------------------------------------------
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
-    path = folder / f"{split}.bin"
     meta = chapter1.read_json(folder / "meta.json", "02_data.py")
-    try:
-        count = meta["splits"][split]["tokens"]
-        if count == 0:
-            return np.zeros(0, meta["dtype"]), meta            # no empty file can be mapped
-        return np.memmap(path, meta["dtype"], "r", shape=count), meta
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise CourseError(f"{path} is not what meta.json says ({error}): run 02_data.py") from None
+    count = meta["splits"][split]["tokens"]
+    if not count:
+        return np.zeros(0, meta["dtype"]), meta                # no empty file can be mapped
+    return np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=count), meta
 
 
 @lru_cache(maxsize=4)                                          # else each step would shuffle anew
@@ -161,14 +153,14 @@ def show_batch(tokens, tokenizer):
     for sequence in zip(x, y):
         for name, ids in zip(("input  x", "target y"), sequence):
             pieces = [repr(tokenizer.decode([i]))[1:-1] for i in ids]
-            print(f"{name}: {chapter1.show_tokens(pieces)}")
+            print(f"{name}:", "|".join(pieces))
 
 
 def draw_statistics(tokens, tokenizer, path):
     """Draw how long documents are, and how often tokens occur, beside Zipf's law: in any language,
-    the commonest word occurs twice as often as the second, three times as often as the third, and
-    so on, a straight line where both axes are logarithmic. So a few tokens are seen all the time
-    and learnt first; most are rare, and for them a model needs all the text there is."""
+    the commonest word occurs twice as often as the second, three times as often as the third: a
+    straight line on logarithmic axes. So a few tokens are seen all the time and learnt first; most
+    are rare, and for them a model needs all the text there is."""
     tokens = tokens[:20_000_000]
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
@@ -197,20 +189,15 @@ class Config:
 def choose_source(config):
     """Return what --source says, else what chapter 1 learnt from; put --tokenizer in place."""
     folder = Path(config.out) / "tokenizer"
-    kept = folder / "source.json"                          # written last, so a tokenizer is there
+    kept = folder / "source.json"                              # chapter 1 writes it last
     source = config.source or ["python"]
-    if kept.exists() and not config.source:
-        source = chapter1.read_json(kept, "01_tokenizer.py")
-    if config.tokenizer:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        if tokenizer.end is None:
-            raise CourseError(f"--tokenizer {config.tokenizer} has no token that ends a document")
-        tokenizer.save(folder)                                 # as if chapter 1 had made it
-        chapter1.write_json(kept, chapter1.from_anywhere(source))
-    elif not kept.exists():
-        make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
-        raise CourseError(f"there is no tokenizer in {folder} yet: `{make}` makes it")
-    return source
+    if config.tokenizer:                                       # as if chapter 1 had made it
+        chapter1.Tokenizer.load(config.tokenizer).save(folder)
+        if config.source or not kept.exists():
+            chapter1.write_json(kept, source)
+    make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"
+    learnt_from = chapter1.read_json(kept, f"`{make}`")        # an error, if it has not run
+    return config.source or learnt_from
 
 
 def main(config):
@@ -224,52 +211,27 @@ def main(config):
     # Split before cleaning, as chapter 1 did: so both hold out the same texts. Nothing is read yet:
     # these are generators, and work when write_tokens asks for the next document.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
-    cleaned = clean(documents, changed, dropped)
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    totals = write_tokens(cleaned, tokenizer, folder)
+    tokenizer = chapter1.Tokenizer.load(out / "tokenizer")
+    totals = write_tokens(clean(documents, changed, dropped), tokenizer, folder)
     print(f"encoded {shlex.join(source)}; changed: {dict(changed)}, dropped: {dict(dropped)}")
     for split, n in totals.items():
         print("{:5} {documents:9,} documents {tokens:13,} tokens {bytes:14,} bytes"
               .format(split, **n))
-
     tokens, _ = open_tokens(folder, "train")
     show_batch(tokens, tokenizer)
     draw_statistics(tokens, tokenizer, folder / "statistics.png")
     print(f"saved {folder}; next: {chapter1.command('03_model.py', config)}")
 
 
-# ---- Tools: for later chapters -------------------------------------------------------------------
-def matching_tokens(folder, split, tokenizer):
-    """Return the tokens of a split; none if there are none, or another tokenizer made them."""
-    if not (folder / "meta.json").exists():
-        return np.zeros(0, np.uint16)
-    tokens, meta = open_tokens(folder, split)
-    return tokens if meta["fingerprint"] == tokenizer.fingerprint() else tokens[:0]
-
-
-def token_sizes(tokenizer, V):
-    """Return the number of bytes of each id below V, (V,); of special tokens 0. Chapter 4 measures
-    a text's bits per byte by it."""
-    sizes = np.zeros(V, np.int64)
-    for token, i in tokenizer.tokens.items():
-        sizes[i] = len(token)
-    return sizes
-
-
 # ---- Tools: texts to download --------------------------------------------------------------------
-STORIES = ("https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
-           "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-")
 DOWNLOADS = {  # name: (address, sha256, size and licence)
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
         "1.1 MB, public domain"),
-    "tinystories": (
-        STORIES + "valid.txt",
-        "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
-        "23 MB, CDLA-Sharing-1.0"),
     "tinystories-full": (
-        STORIES + "train.txt",
+        "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
+        "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/TinyStoriesV2-GPT4-train.txt",
         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
         "2.2 GB, CDLA-Sharing-1.0"),
     "dolly": (  # conversations, for chapter 6
@@ -287,8 +249,7 @@ def show_progress(done):
 
 
 def download(name, folder):
-    """Fetch a file of the table into `folder` unless it is there; return its path. Raises
-    CourseError with the address and the path to put the file at by hand."""
+    """Return the path of a file of the table, fetched into `folder` unless it is there."""
     url, expected, remark = DOWNLOADS[name]
     path = folder / (name + Path(url).suffix)
     if path.exists():
@@ -309,7 +270,24 @@ def download(name, folder):
     return path
 
 
-# ---- Tools: conversations, for chapter 6 ---------------------------------------------------------
+# ---- Tools: for later chapters -------------------------------------------------------------------
+def matching_tokens(folder, split, tokenizer):
+    """Return the tokens of a split; none if there are none, or another tokenizer made them."""
+    if (folder / "meta.json").exists():
+        tokens, meta = open_tokens(folder, split)
+        if meta["fingerprint"] == tokenizer.fingerprint():
+            return tokens
+    return np.zeros(0, np.uint16)
+
+
+def token_sizes(tokenizer, V):
+    """Return the number of bytes of each id below V, (V,), for bits per byte; 0 if special."""
+    sizes = np.zeros(V, np.int64)
+    for token, i in tokenizer.tokens.items():
+        sizes[i] = len(token)
+    return sizes
+
+
 def messages_of(data):
     """Return the messages of {"messages": [...]}, or of {"instruction": ..., "output": ...}."""
     messages = data.get("messages")

@@ -380,9 +380,9 @@ def test_ends_of_a_folder(folders, tmp_path, tokenizer, text, ends):
 
 def test_first_token_of_other_makers(run, folders, tmp_path):
     data = json.loads((folders / "base" / "tokenizer.json").read_text(encoding="utf-8"))
-    data["post_processor"] = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>"}}]}
+    data["added_tokens"][1]["content"] = "<|begin_of_text|>"
     path = edited(folders, tmp_path / "llama", "tokenizer.json", json.dumps(data))
-    assert run("--model", path, "--prompt", "def", "--max-tokens", 1).startswith("<|im_start|>def")
+    assert run("--model", path, "--prompt", "def", "--max-tokens", 1).startswith("<|begin_of_text|>def")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -391,7 +391,7 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
     ("--score {tmp}/none.txt", "none.txt"), ("--score {tmp}/empty.txt", "empty"), ("--prompt=", "empty"),
-    ("--heatmap {tmp}/x.xyz", "x.xyz"), ("--heatmap {tmp}/", "{tmp}"), ("--score {tmp}/latin.txt", "utf-8"),
+    ("--heatmap {tmp}/", "{tmp}"), ("--score {tmp}/latin.txt", "utf-8"),
     ("--model {tmp}/latin", "generation_config.json"),
 ])
 def test_bad_input_is_one_line(run, folders, tmp_path, tokenizer, flags, words):
