@@ -11,29 +11,26 @@ weight how the loss would change with it (the gradient), and move the weight a l
 Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on all of val and test: look once
-        python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
         torchrun --nproc-per-node=8 04_train.py --preset modern-124m
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
         Jordan et al. 2024 (Muon)
 """
 import atexit
+import csv
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import distributed, nn
 
 chapter1 = import_module("01_tokenizer")
@@ -80,23 +77,14 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-class Objective(nn.Module):
-    """The model and its loss. A second term of yours is one more name, and one more sum."""
-    COLUMNS = ["loss"]  # names of the sums, in the log
+COLUMNS = ["loss"]  # names of the sums below, in the log; a second term of yours is one more of each
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
-    def forward(self, x, y, documents=None):
-        return self.sums(self.model(x, documents), y)              # (B, T) -> (B, T, V) -> sums
-
-    @staticmethod
-    def sums(logits, y):
-        """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
-        logits = logits.float().flatten(0, 1)                      # (B, T, V) -> (B T, V)
-        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
-        return torch.stack([nats])
+def loss_sums(logits, y):
+    """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
+    logits = logits.float().flatten(0, 1)                          # (B, T, V) -> (B T, V)
+    nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
+    return torch.stack([nats])
 
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
@@ -207,7 +195,6 @@ class TrainingConfig:
     seed: int = 1  # of the weights, of the order of the data and of dropout
     eval_every: int = 400  # steps between evaluations (each also saves)
     eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
-    patience: int = 0  # stop after so many evaluations without improvement (0: never)
     device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
     precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
     compile: bool = True  # let torch.compile join operations (never on mps)
@@ -223,11 +210,11 @@ class TrainingConfig:
                 raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
 
 
-def train(model, batch, config, machine, folder, measure, keep, saved=None):
+def train(model, batch, config, machine, folder, measure, keep):
     """Train a model and return its log, a list of rows for log.csv.
 
     batch(step) -> x, y and perhaps documents (chapter 6), each (R, T). measure(model) ->
-    held-out loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint, or None.
+    held-out loss, bits per byte. keep(model) stores the best so far.
     """
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
@@ -235,9 +222,9 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
     parts = {"model": model, "scaler": scaler, **optimizers}
     sample = next(machine.split(batch(0), config.micro_batch))     # a micro-batch to compile with
-    with rescue(len(sample[0])) as interrupts:                     # Ctrl-C fills that list
-        log = restore(parts, saved, config) if saved else []       # a row for each step
-        objective = compile_objective(Objective(model), sample, machine)
+    with rescue() as interrupts:                                   # Ctrl-C fills that list
+        log = restore(parts, folder, config) if config.resume else []          # a row for each step
+        sums = compile_parts(model, sample, machine)               # loss_sums, faster
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -254,9 +241,9 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
-            for micro_batch in machine.split(whole, config.micro_batch):
+            for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = objective(*micro_batch) / count
+                    terms = sums(model(x, *documents), y) / count  # (B, T) -> (B, T, V) -> sums
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
@@ -279,22 +266,19 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
             scaler.update()
             model.zero_grad()
 
-            # 6. Log; now and then evaluate and save.
-            row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
-            add_row(log, row, model, whole[0].numel(), time.time() - start)
+            # 6. Log; now and then, and at the end, evaluate and save.
+            row = dict(zip(COLUMNS, losses), grad_norm=norm, lr_scale=scale)
+            add_row(log, row, whole[0].numel(), time.time() - start)
             if scaler.get_scale() <= 1:                            # above, the step was left out
-                refuse_nan(norm, log, folder)
-            if (step + 1) % config.eval_every == 0 and machine.rank == 0:
-                take_stock(parts, log, config, folder, measure, keep)
-            stops = bool(interrupts) or is_over(log, config)
-            if machine.total(torch.tensor(float(stops))) > 0:      # of any process
-                break
-        if machine.rank == 0 and "val_loss" not in log[-1]:
-            take_stock(parts, log, config, folder, measure, keep)
-        machine.total(torch.zeros(1))                              # nobody leaves before rank 0
-    if interrupts and len(log) < config.steps:
-        print(f"stopped after step {len(log)} and saved: --resume goes on")
-        sys.exit(130)
+                refuse_nan(norm)
+            stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
+            if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
+                if machine.rank == 0:
+                    take_stock(parts, log, config, folder, measure, keep)
+                machine.total(torch.zeros(1))                      # the others wait for it
+            if stops and len(log) < config.steps:
+                print(f"stopped after step {len(log)} and saved: --resume goes on")
+                sys.exit(130)
     return log
 
 
@@ -311,7 +295,8 @@ def surprise(model, machine, sequences, sizes):
     nats = 0.0
     for part in sequences.to(machine.device).split(at_once):       # (at_once, 2 or 3, T)
         with machine.autocast():
-            nats += Objective(model)(*part.unbind(1))[0].item()
+            x, y, *documents = part.unbind(1)
+            nats += loss_sums(model(x, *documents), y)[0].item()
     return nats / len(targets), nats / math.log(2) / sizes[targets].sum().item()
 
 
@@ -321,28 +306,22 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
-    sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, (T + 1) each
+    sequences = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)   # all, (T + 1) each
     every = math.ceil(T * len(sequences) / (limit or len(tokens)))
-    ids = torch.from_numpy(sequences[::every].astype(np.int64))    # (N, T + 1)
+    ids = sequences[::every]                                       # (N, T + 1)
     x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
     return surprise(model, machine, x_and_y, sizes)
 
 
-def draw_curves(logs, path):
-    """Draw the columns of log.csv files {name: file}, from the fourth on, against tokens read."""
-    tables = {}
-    for name, file in logs.items():
-        tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = max([table.dtype.names for table in tables.values()], key=len)[3:]
+def draw_curves(log, path):
+    """Draw the columns of a log, from the fourth on, against tokens read."""
+    columns = list(log[-1])[3:]
     lines = math.ceil(len(columns) / 4)
     figure = Figure(figsize=(13, 3 * lines), layout="constrained")
     for i, column in enumerate(columns, 1):
+        rows = [row for row in log if column in row]               # held-out values are few
         axis = figure.add_subplot(lines, 4, i, title=column)
-        for name, table in tables.items():
-            if column in table.dtype.names:
-                known = np.isfinite(table[column])                 # held-out values are few
-                axis.plot(table["tokens"][known], table[column][known], label=name)
-    figure.axes[0].legend()
+        axis.plot([row["tokens"] for row in rows], [row[column] for row in rows])
     figure.supxlabel("tokens read")
     chapter1.save_figure(figure, path)
 
@@ -356,16 +335,16 @@ class Config(TrainingConfig, chapter3.GPTConfig):
     vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
     preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
-    compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
 
 
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
-    base = Path(given.get("out", "out")) / "base"
+    out = given.get("out", "out")
+    base = Path(out) / "base"
     fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
     if given.get("resume"):
         fixed |= {"optimizer", "weight_decay"}
-        defaults = resumed_settings(base, given)
+        defaults = {**read_checkpoint(base)["config"], "out": out}
     elif given.get("init") or given.get("test"):
         defaults = {"init": str(base), "context": 0, **GENTLE}
     else:
@@ -381,9 +360,6 @@ def main(config):
     """Train on out/data and keep the best model in out/base."""
     out = Path(config.out)
     folder = out / "base"
-    if config.compare:
-        draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
-        return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
         print(f"this run replaces the one in {folder}, once it is evaluated: copy {out} to keep it")
@@ -408,9 +384,8 @@ def main(config):
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
     vars(config).update(vars(model.config))                        # zeros filled in, to be saved
     model.to(machine.device).eval()
-    saved = read_checkpoint(folder) if config.resume else None
-    if saved:
-        model.load_state_dict(saved["model"])
+    if config.resume:
+        model.load_state_dict(read_checkpoint(folder)["model"])
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
         for split in ("val", "test"):
@@ -435,7 +410,7 @@ def main(config):
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
 
-    train(model, batch, config, machine, folder, measure, keep, saved)
+    train(model, batch, config, machine, folder, measure, keep)
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
 
 
@@ -502,29 +477,31 @@ def choose_machine(config):
     return machine
 
 
-def compile_objective(objective, micro_batch, machine):
-    """Return the objective, compiled in pieces if that works: blocks are alike, one serves all."""
+def compile_parts(model, sample, machine):
+    """Compile a model's blocks, if that works: they are alike, one serves all. Return loss_sums,
+    compiled too."""
     if not machine.compile:
-        return objective
+        return loss_sums
     print("compiling: up to half a minute")
-    for part in [*objective.model.layers, objective.model.norm]:
+    for part in [*model.layers, model.norm]:
         part.compile()
-    objective.sums = torch.compile(objective.sums)
+    sums = torch.compile(loss_sums)
     torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
+    x, y, *documents = sample
     try:
         with machine.autocast():
-            terms = objective(*micro_batch)
+            terms = sums(model(x, *documents), y)
         terms.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"not compiled, so slower: {str(error).splitlines()[0]}")
         torch.compiler.set_stance("force_eager")                   # from now on, nothing is
-    objective.zero_grad()                                          # that was no step
-    return objective
+    model.zero_grad()                                              # that was no step
+    return sums
 
 
 # ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
 @contextmanager
-def rescue(at_once):
+def rescue():
     """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
     interrupts = []
 
@@ -539,18 +516,11 @@ def rescue(at_once):
     except RuntimeError as error:
         said = str(error).lower()
         if "alloc" in said or "out of memory" in said:             # as CPU, MPS and CUDA put it
-            raise CourseError(f"out of memory: --micro-batch {at_once // 2 or 1} makes the same "
-                              "step in more parts; else lower --context") from None
+            raise CourseError("out of memory: a smaller --micro-batch makes the same step in more "
+                              "parts; else lower --context") from None
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def is_over(log, config):
-    """Tell whether a run has taken its steps, or made no gain for `patience` evaluations."""
-    losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
-    evals_without_gain = losses[::-1].index(min(losses))
-    return len(log) >= config.steps or 0 < config.patience <= evals_without_gain
 
 
 # A checkpoint holds parts, log and config. Without ... a resumed run would
@@ -566,7 +536,7 @@ def take_stock(parts, log, config, folder, measure, keep):
     with torch.compiler.set_stance("force_eager"):                 # only training is compiled
         loss, bits = measure(model.eval())
     model.train()
-    refuse_nan(loss, log, folder)
+    refuse_nan(loss)
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
     if loss <= min([row.get("val_loss", loss) for row in log]):
         keep(model)
@@ -575,52 +545,11 @@ def take_stock(parts, log, config, folder, measure, keep):
     # Opened here, as torch.save would report a full disk by no OSError.
     with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
         torch.save({**states, "log": log, "config": asdict(config)}, file)
-    write_log(log, folder)
-
-
-def restore(parts, saved, config):
-    """Take up a checkpoint: return its log. Raises CourseError if there is nothing left to do."""
-    for name, part in parts.items():
-        part.load_state_dict(saved.pop(name))                      # it need not stay in memory
-    if is_over(saved["log"], config):
-        raise CourseError("this run is finished: with more --steps or --patience it goes on, "
-                          "without --resume a new one begins")
-    return saved["log"]
-
-
-def add_row(log, row, model, tokens, seconds):
-    """Add a step to the log; print the first and every hundredth."""
-    step = len(log) + 1
-    speed = tokens / seconds
-    row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
-           "tokens_per_second": speed}
-    if torch.cuda.is_initialized():                                # how busy and how full it is
-        shape = model.config                                       # see show_parts in chapter 3
-        scores = shape.layers * shape.heads * shape.head_width * shape.context
-        weights = sum(p.numel() for p in model.parameters())
-        row["tflops"] = 6 * (weights + scores) * speed / 1e12
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    log.append(row)
-    if step == 1 or step % 100 == 0:
-        print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
-
-
-def write_log(log, folder):
-    """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
-    blank = dict.fromkeys(chain(*log), math.nan)                   # rows differ
-    rows = [list({**blank, **row}.values()) for row in log]
-    with suppress(OSError):
-        with chapter1.replacing(folder / "log.csv") as path:
-            np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
-        draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
-
-
-def refuse_nan(value, log, folder):
-    """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-    if not math.isfinite(value):
-        write_log(log, folder / "diverged")
-        raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
-                          f"the curves are in {folder / 'diverged'}")
+    with chapter1.replacing(folder / "log.csv") as path, open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(log[-1]), restval="nan", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(log)
+    draw_curves(log, folder / "loss.png")
 
 
 def read_checkpoint(folder):
@@ -628,9 +557,31 @@ def read_checkpoint(folder):
     return torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
 
 
-def resumed_settings(folder, given):
-    """Return the settings of the run in a folder; flags that are given win."""
-    return {**read_checkpoint(folder)["config"], "out": "out", **given}
+def restore(parts, folder, config):
+    """Take up a checkpoint: return its log. Raises CourseError if there is nothing left to do."""
+    saved = read_checkpoint(folder)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    if len(saved["log"]) >= config.steps:
+        raise CourseError("this run is finished: with more --steps it goes on, without --resume a "
+                          "new one begins")
+    return saved["log"]
+
+
+def add_row(log, row, tokens, seconds):
+    """Add a step to the log; print the first and every hundredth."""
+    step = len(log) + 1
+    row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
+           "tokens_per_second": tokens / seconds}
+    log.append(row)
+    if step == 1 or step % 100 == 0:
+        print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
+
+
+def refuse_nan(value):
+    """Raise CourseError for what is no number, as nothing can be learnt from it."""
+    if not math.isfinite(value):
+        raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr")
 
 
 def save_folder(model, tokenizer, folder, stops, template=""):
