@@ -16,7 +16,6 @@ Writes: out/base/: the best weights, as a folder for transformers; resume.pt, lo
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
         Jordan et al. 2024 (Muon)
 """
-import atexit
 import csv
 import math
 import os
@@ -50,10 +49,8 @@ IGNORED = -100  # a target (a next token in y) from which nothing is to be learn
 # ---- Training, by its definition -----------------------------------------------------------------
 def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
-
     Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
-    to average. Why fall? Large steps cover ground but jump about the bottom; small ones reach it.
-    """
+    to average. Why fall? Large steps cover ground but jump about; small ones reach the bottom."""
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
 
@@ -77,7 +74,7 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-COLUMNS = ["loss"]  # names of the sums below, in the log; a second term of yours is one more of each
+COLUMNS = ["loss"]  # names of the sums below, in the log. A second term is one more of both.
 
 
 def loss_sums(logits, y):
@@ -92,17 +89,14 @@ def loss_sums(logits, y):
 #   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    sees that a matrix turns a vector, stretches it along some directions (by its singular
-#           values s: U s V^T) and turns it again. In a gradient, a few directions drown all others.
-#           Muon averages the last gradients (that is momentum) and makes all directions equally
-#           strong, so that rare ones are learnt too.
+#   Muon    A matrix turns a vector, stretches it along some directions (by its singular values s:
+#           U s V^T) and turns it again. In gradients, a few directions drown all others: Muon takes
+#           their average (momentum), made equally strong in all, so that rare ones are learnt too.
 def orthogonalise(matrices):
     """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
-
     Newton-Schulz: where X = U s V^T, X X^T X is U s^3 V^T, so a X + b (X X^T) X + c (X X^T)^2 X has
     the singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between
-    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do.
-    """
+    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
@@ -130,41 +124,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
             state = self.state[group["params"][0]]                 # kept under the first of them
-            if not state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
+            average = state.setdefault("average", torch.zeros_like(gradient))
+            average.lerp_(gradient, 0.05)                          # 0.95 old + 0.05 new
             update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
             # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
-
-
-OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
-
-
-def make_optimizers(model, config):
-    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
-
-    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. These two alone are not pulled towards zero: a norm's usual weight is 1.
-    """
-    kind = OPTIMIZERS[config.optimizer]
-    matrices, others, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
-            matrices.append(p)
-        else:
-            others.append(p)
-    groups = [{"params": others, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
-    if matrices:
-        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
-    return optimizers
 
 
 # ---- Training, for real --------------------------------------------------------------------------
@@ -176,7 +143,8 @@ def make_optimizers(model, config):
 #          loss, and thereby all gradients, by a large factor, which is taken out before they are
 #          used. If some overflow, it leaves the step out and halves the factor
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
-KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
+GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
 
 
 @dataclass
@@ -205,26 +173,42 @@ class TrainingConfig:
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        for name, kinds in KINDS.items():
-            if getattr(self, name) not in kinds:
-                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
+        if self.optimizer not in OPTIMIZERS or self.precision not in DTYPES:
+            raise CourseError(f"--optimizer: one of {[*OPTIMIZERS]}; --precision: of {[*DTYPES]}")
+
+
+def make_optimizers(model, config):
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
+    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
+    biases. These two alone are not pulled towards zero: a norm's usual weight is 1."""
+    kind = OPTIMIZERS[config.optimizer]
+    matrices, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": others, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
+    if matrices:
+        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
+    return optimizers
 
 
 def train(model, batch, config, machine, folder, measure, keep):
-    """Train a model and return its log, a list of rows for log.csv.
-
-    batch(step) -> x, y and perhaps documents (chapter 6), each (R, T). measure(model) ->
-    held-out loss, bits per byte. keep(model) stores the best so far.
-    """
+    """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps
+    documents (chapter 6), each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
+    stores the best so far."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
-    is_fp16 = machine.precision == "fp16"                          # else a scaler does nothing
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts = {"model": model, "scaler": scaler, **optimizers}
-    sample = next(machine.split(batch(0), config.micro_batch))     # a micro-batch to compile with
     with rescue() as interrupts:                                   # Ctrl-C fills that list
-        log = restore(parts, folder, config) if config.resume else []          # a row for each step
-        sums = compile_parts(model, sample, machine)               # loss_sums, faster
+        log = restore(parts, folder) if config.resume else []
+        sums = compile_parts(model, batch(0), config, machine)     # loss_sums, faster
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -235,9 +219,8 @@ def train(model, batch, config, machine, folder, measure, keep):
                     group["lr"] = scale * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. The gradients of all micro-batches add up to that of the whole step. Each loss is a
-            #    sum over targets, divided by the targets of the step: a mean of means would give a
-            #    micro-batch with few targets the weight of a full one.
+            # 2. Gradients of micro-batches add up to the step's, if each loss is a sum over targets,
+            #    divided by those of the step: a mean of means would give few the weight of many.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
@@ -267,10 +250,16 @@ def train(model, batch, config, machine, folder, measure, keep):
             model.zero_grad()
 
             # 6. Log; now and then, and at the end, evaluate and save.
-            row = dict(zip(COLUMNS, losses), grad_norm=norm, lr_scale=scale)
-            add_row(log, row, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:                            # above, the step was left out
-                refuse_nan(norm)
+            tokens = whole[0].numel()
+            seconds = time.time() - start
+            log.append({"step": step + 1, "tokens": tokens * (step + 1), "seconds": seconds,
+                        **dict(zip(COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
+                        "tokens_per_second": tokens / seconds})
+            if step == 0 or len(log) % 100 == 0:
+                shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
+                print(", ".join(shown), flush=True)
+            if scaler.get_scale() <= 1 and not math.isfinite(norm):            # above 1: left out
+                raise CourseError(f"the loss or its gradient is {norm}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
                 if machine.rank == 0:
@@ -285,11 +274,8 @@ def train(model, batch, config, machine, folder, measure, keep):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats per target, bits per byte) on sequences (N, 2, T) of x and y; or (N, 3, T).
-
-    The third are chapter 6's documents. sizes (V,): bytes of text of each token. Bits per byte can
-    be compared between tokenizers.
-    """
+    """Return (nats per target, bits per byte) on sequences (N, 2, T): x, y; or 3, with documents.
+    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
     nats = 0.0
@@ -306,30 +292,25 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
-    sequences = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)   # all, (T + 1) each
-    every = math.ceil(T * len(sequences) / (limit or len(tokens)))
-    ids = sequences[::every]                                       # (N, T + 1)
-    x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
+    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1): all
+    every = math.ceil(T * len(ids) / (limit or len(tokens)))
+    x_and_y = torch.stack((ids[::every, :-1], ids[::every, 1:]), dim=1)        # (N, 2, T): some
     return surprise(model, machine, x_and_y, sizes)
 
 
 def draw_curves(log, path):
     """Draw the columns of a log, from the fourth on, against tokens read."""
     columns = list(log[-1])[3:]
-    lines = math.ceil(len(columns) / 4)
-    figure = Figure(figsize=(13, 3 * lines), layout="constrained")
+    figure = Figure(figsize=(13, 6), layout="constrained")
     for i, column in enumerate(columns, 1):
         rows = [row for row in log if column in row]               # held-out values are few
-        axis = figure.add_subplot(lines, 4, i, title=column)
+        axis = figure.add_subplot(2, math.ceil(len(columns) / 2), i, title=column)
         axis.plot([row["tokens"] for row in rows], [row[column] for row in rows])
     figure.supxlabel("tokens read")
     chapter1.save_figure(figure, path)
 
 
 # ---- The script ----------------------------------------------------------------------------------
-GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
-
-
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
     vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
@@ -339,12 +320,11 @@ class Config(TrainingConfig, chapter3.GPTConfig):
 
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
-    out = given.get("out", "out")
-    base = Path(out) / "base"
+    base = Path(given.get("out", "out")) / "base"
     fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
-    if given.get("resume"):
+    if given.get("resume") and not given.get("test"):
         fixed |= {"optimizer", "weight_decay"}
-        defaults = {**read_checkpoint(base)["config"], "out": out}
+        defaults = {**read_checkpoint(base)["config"], "out": str(base.parent)}
     elif given.get("init") or given.get("test"):
         defaults = {"init": str(base), "context": 0, **GENTLE}
     else:
@@ -384,17 +364,16 @@ def main(config):
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
     vars(config).update(vars(model.config))                        # zeros filled in, to be saved
     model.to(machine.device).eval()
-    if config.resume:
-        model.load_state_dict(read_checkpoint(folder)["model"])
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
         for split in ("val", "test"):
             loss, bits = evaluate(model, machine, texts[split], sizes)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return
-    loss, _ = evaluate(model, machine, texts["val"], sizes, 4096)
     print(config)
-    print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
+    if not config.resume:
+        loss, _ = evaluate(model, machine, texts["val"], sizes, 4096)
+        print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
 
     # 3. Training.
     def batch(step):
@@ -414,7 +393,7 @@ def main(config):
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
 
 
-# ---- Tools: device, precision, compilation, processes --------------------------------------------
+# ---- Tools: machine, compilation, interruptions, checkpoint, folder ------------------------------
 @dataclass
 class Machine:
     """Where and how to compute."""
@@ -473,13 +452,11 @@ def choose_machine(config):
         print("fp16: adamw for all weights, as muon needs bf16")
     if machine.world > 1:
         distributed.init_process_group()
-        atexit.register(distributed.destroy_process_group)
     return machine
 
 
-def compile_parts(model, sample, machine):
-    """Compile a model's blocks, if that works: they are alike, one serves all. Return loss_sums,
-    compiled too."""
+def compile_parts(model, whole, config, machine):
+    """Compile a model's blocks, if that works (alike, so one serves all); return loss_sums, too."""
     if not machine.compile:
         return loss_sums
     print("compiling: up to half a minute")
@@ -487,7 +464,7 @@ def compile_parts(model, sample, machine):
         part.compile()
     sums = torch.compile(loss_sums)
     torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
-    x, y, *documents = sample
+    x, y, *documents = next(machine.split(whole, config.micro_batch))
     try:
         with machine.autocast():
             terms = sums(model(x, *documents), y)
@@ -499,7 +476,6 @@ def compile_parts(model, sample, machine):
     return sums
 
 
-# ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
 @contextmanager
 def rescue():
     """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
@@ -514,8 +490,7 @@ def rescue():
     try:
         yield interrupts
     except RuntimeError as error:
-        said = str(error).lower()
-        if "alloc" in said or "out of memory" in said:             # as CPU, MPS and CUDA put it
+        if "alloc" in str(error).lower() or "out of memory" in str(error):     # CPU; MPS, CUDA
             raise CourseError("out of memory: a smaller --micro-batch makes the same step in more "
                               "parts; else lower --context") from None
         raise
@@ -529,14 +504,12 @@ def rescue():
 #   scaler       overflow in fp16, and leave some steps out
 #   log          read the same data again, and take a worse model for the best
 #   config       go on with other settings
-# Dropout and the order of the data follow from seed and step, and need no saving.
 def take_stock(parts, log, config, folder, measure, keep):
     """Evaluate the model, keep it if it is the best so far, and save the run."""
     model = parts["model"]
     with torch.compiler.set_stance("force_eager"):                 # only training is compiled
         loss, bits = measure(model.eval())
     model.train()
-    refuse_nan(loss)
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
     if loss <= min([row.get("val_loss", loss) for row in log]):
         keep(model)
@@ -557,42 +530,21 @@ def read_checkpoint(folder):
     return torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
 
 
-def restore(parts, folder, config):
-    """Take up a checkpoint: return its log. Raises CourseError if there is nothing left to do."""
+def restore(parts, folder):
+    """Take up the run that stopped: return its log."""
     saved = read_checkpoint(folder)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    if len(saved["log"]) >= config.steps:
-        raise CourseError("this run is finished: with more --steps it goes on, without --resume a "
-                          "new one begins")
     return saved["log"]
 
 
-def add_row(log, row, tokens, seconds):
-    """Add a step to the log; print the first and every hundredth."""
-    step = len(log) + 1
-    row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
-           "tokens_per_second": tokens / seconds}
-    log.append(row)
-    if step == 1 or step % 100 == 0:
-        print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
-
-
-def refuse_nan(value):
-    """Raise CourseError for what is no number, as nothing can be learnt from it."""
-    if not math.isfinite(value):
-        raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr")
-
-
-def save_folder(model, tokenizer, folder, stops, template=""):
+def save_folder(model, tokenizer, folder, stops):
     """Write weights, config, tokenizer and generation_config.json, for transformers and vLLM."""
     model.save(folder)
     tokenizer.save(folder)
     end = tokenizer.special_tokens.get(tokenizer.end)
     chapter1.write_json(folder / "generation_config.json",
                         {"bos_token_id": end, "pad_token_id": end, "eos_token_id": stops})
-    if template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 if __name__ == "__main__":
