@@ -140,8 +140,7 @@ class Muon(torch.optim.Optimizer):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and thereby all gradients, by a large factor, which is taken out before they are
-#          used. If some overflow, it leaves the step out and halves the factor
+#          loss, and so all of them, by a factor; if some overflow, it skips the step and halves it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
 GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
@@ -207,7 +206,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
-        log = restore(parts, folder) if config.resume else []
+        log = restore(parts, folder, config) if config.resume else []
         sums = compile_parts(model, batch(0), config, machine)     # loss_sums, faster
         for step in range(len(log), config.steps):
             start = time.time()
@@ -219,7 +218,7 @@ def train(model, batch, config, machine, folder, measure, keep):
                     group["lr"] = scale * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. Gradients of micro-batches add up to the step's, if each loss is a sum over targets,
+            # 2. Gradients of micro-batches add up to the step's if each loss is a sum over targets,
             #    divided by those of the step: a mean of means would give few the weight of many.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
@@ -258,7 +257,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(norm):            # above 1: left out
+            if scaler.get_scale() <= 1 and not math.isfinite(norm):            # above 1: skipped
                 raise CourseError(f"the loss or its gradient is {norm}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
@@ -434,13 +433,12 @@ def choose_device(name):
 def choose_machine(config):
     """Return the Machine: what the flags ask for, else what is best here. Raises CourseError."""
     device = choose_device(config.device)
-    precision = "fp32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()         # not in every torch
+    precision = "bf16" if has_bf16 else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                 # TF32, where fp32 is asked for
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # not in every torch
-        precision = "bf16"
     machine = Machine(device, config.precision or precision,
                       config.compile and device.type != "mps",
                       int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -530,11 +528,12 @@ def read_checkpoint(folder):
     return torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
 
 
-def restore(parts, folder):
-    """Take up the run that stopped: return its log."""
+def restore(parts, folder, config):
+    """Take up the run that stopped, where it stopped: return its log."""
     saved = read_checkpoint(folder)
     for name, part in parts.items():
         part.load_state_dict(saved[name])
+    print(f"{len(saved['log'])} of {config.steps} steps are done")
     return saved["log"]
 
 
