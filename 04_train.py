@@ -11,29 +11,25 @@ weight how the loss would change with it (the gradient), and move the weight a l
 Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on all of val and test: look once
-        python 04_train.py --compare out b    draws the runs in out/ and b/ in one picture
         torchrun --nproc-per-node=8 04_train.py --preset modern-124m
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
         Jordan et al. 2024 (Muon)
 """
-import atexit
+import csv
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import distributed, nn
 
 chapter1 = import_module("01_tokenizer")
@@ -53,10 +49,8 @@ IGNORED = -100  # a target (a next token in y) from which nothing is to be learn
 # ---- Training, by its definition -----------------------------------------------------------------
 def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
-
     Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
-    to average. Why fall? Large steps cover ground but jump about the bottom; small ones reach it.
-    """
+    to average. Why fall? Large steps cover ground but jump about; small ones reach the bottom."""
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
 
@@ -80,23 +74,14 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-class Objective(nn.Module):
-    """The model and its loss. A second term of yours is one more name, and one more sum."""
-    COLUMNS = ["loss"]  # names of the sums, in the log
+COLUMNS = ["loss"]  # names of the sums below, in the log. A second term is one more of both.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
 
-    def forward(self, x, y, documents=None):
-        return self.sums(self.model(x, documents), y)              # (B, T) -> (B, T, V) -> sums
-
-    @staticmethod
-    def sums(logits, y):
-        """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
-        logits = logits.float().flatten(0, 1)                      # (B, T, V) -> (B T, V)
-        nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
-        return torch.stack([nats])
+def loss_sums(logits, y):
+    """Return sums over the targets y (B, T) that count: first of all, the surprise in nats."""
+    logits = logits.float().flatten(0, 1)                          # (B, T, V) -> (B T, V)
+    nats = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORED, reduction="sum")
+    return torch.stack([nats])
 
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
@@ -104,17 +89,14 @@ class Objective(nn.Module):
 #   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    sees that a matrix turns a vector, stretches it along some directions (by its singular
-#           values s: U s V^T) and turns it again. In a gradient, a few directions drown all others.
-#           Muon averages the last gradients (that is momentum) and makes all directions equally
-#           strong, so that rare ones are learnt too.
+#   Muon    A matrix turns a vector, stretches it along some directions (by its singular values s:
+#           U s V^T) and turns it again. In gradients, a few directions drown all others: Muon takes
+#           their average (momentum), made equally strong in all, so that rare ones are learnt too.
 def orthogonalise(matrices):
     """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
-
     Newton-Schulz: where X = U s V^T, X X^T X is U s^3 V^T, so a X + b (X X^T) X + c (X X^T)^2 X has
     the singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between
-    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do.
-    """
+    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
@@ -142,9 +124,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
             state = self.state[group["params"][0]]                 # kept under the first of them
-            if not state:
-                state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
+            average = state.setdefault("average", torch.zeros_like(gradient))
+            average.lerp_(gradient, 0.05)                          # 0.95 old + 0.05 new
             update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
             # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
@@ -153,42 +134,16 @@ class Muon(torch.optim.Optimizer):
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
-OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
-
-
-def make_optimizers(model, config):
-    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
-
-    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. These two alone are not pulled towards zero: a norm's usual weight is 1.
-    """
-    kind = OPTIMIZERS[config.optimizer]
-    matrices, others, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
-            matrices.append(p)
-        else:
-            others.append(p)
-    groups = [{"params": others, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
-    if matrices:
-        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
-    return optimizers
-
-
 # ---- Training, for real --------------------------------------------------------------------------
 # Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32:
 # with 3 digits, 1 + 0.0001 is rounded to 1, and all small steps would come to nothing.
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and thereby all gradients, by a large factor, which is taken out before they are
-#          used. If some overflow, it leaves the step out and halves the factor
+#          loss, and so all of them, by a factor; if some overflow, it skips the step and halves it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
-KINDS = {"optimizer": OPTIMIZERS, "precision": DTYPES}
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
+GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
 
 
 @dataclass
@@ -207,7 +162,6 @@ class TrainingConfig:
     seed: int = 1  # of the weights, of the order of the data and of dropout
     eval_every: int = 400  # steps between evaluations (each also saves)
     eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
-    patience: int = 0  # stop after so many evaluations without improvement (0: never)
     device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
     precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
     compile: bool = True  # let torch.compile join operations (never on mps)
@@ -218,26 +172,42 @@ class TrainingConfig:
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        for name, kinds in KINDS.items():
-            if getattr(self, name) not in kinds:
-                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
+        if self.optimizer not in OPTIMIZERS or self.precision not in DTYPES:
+            raise CourseError(f"--optimizer: one of {[*OPTIMIZERS]}; --precision: of {[*DTYPES]}")
 
 
-def train(model, batch, config, machine, folder, measure, keep, saved=None):
-    """Train a model and return its log, a list of rows for log.csv.
+def make_optimizers(model, config):
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
+    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
+    biases. These two alone are not pulled towards zero: a norm's usual weight is 1."""
+    kind = OPTIMIZERS[config.optimizer]
+    matrices, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": others, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
+    if matrices:
+        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
+    return optimizers
 
-    batch(step) -> x, y and perhaps documents (chapter 6), each (R, T). measure(model) ->
-    held-out loss, bits per byte. keep(model) stores the best so far. saved: a checkpoint, or None.
-    """
+
+def train(model, batch, config, machine, folder, measure, keep):
+    """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps
+    documents (chapter 6), each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
+    stores the best so far."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
-    is_fp16 = machine.precision == "fp16"                          # else a scaler does nothing
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=is_fp16)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts = {"model": model, "scaler": scaler, **optimizers}
-    sample = next(machine.split(batch(0), config.micro_batch))     # a micro-batch to compile with
-    with rescue(len(sample[0])) as interrupts:                     # Ctrl-C fills that list
-        log = restore(parts, saved, config) if saved else []       # a row for each step
-        objective = compile_objective(Objective(model), sample, machine)
+    with rescue() as interrupts:                                   # Ctrl-C fills that list
+        log = restore(parts, folder, config) if config.resume else []
+        sums = compile_parts(model, batch(0), config, machine)     # loss_sums, faster
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -248,15 +218,14 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
                     group["lr"] = scale * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. The gradients of all micro-batches add up to that of the whole step. Each loss is a
-            #    sum over targets, divided by the targets of the step: a mean of means would give a
-            #    micro-batch with few targets the weight of a full one.
+            # 2. Gradients of micro-batches add up to the step's if each loss is a sum over targets,
+            #    divided by those of the step: a mean of means would give few the weight of many.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
-            for micro_batch in machine.split(whole, config.micro_batch):
+            for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = objective(*micro_batch) / count
+                    terms = sums(model(x, *documents), y) / count  # (B, T) -> (B, T, V) -> sums
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
@@ -279,39 +248,40 @@ def train(model, batch, config, machine, folder, measure, keep, saved=None):
             scaler.update()
             model.zero_grad()
 
-            # 6. Log; now and then evaluate and save.
-            row = dict(zip(Objective.COLUMNS, losses), grad_norm=norm, lr_scale=scale)
-            add_row(log, row, model, whole[0].numel(), time.time() - start)
-            if scaler.get_scale() <= 1:                            # above, the step was left out
-                refuse_nan(norm, log, folder)
-            if (step + 1) % config.eval_every == 0 and machine.rank == 0:
-                take_stock(parts, log, config, folder, measure, keep)
-            stops = bool(interrupts) or is_over(log, config)
-            if machine.total(torch.tensor(float(stops))) > 0:      # of any process
-                break
-        if machine.rank == 0 and "val_loss" not in log[-1]:
-            take_stock(parts, log, config, folder, measure, keep)
-        machine.total(torch.zeros(1))                              # nobody leaves before rank 0
-    if interrupts and len(log) < config.steps:
-        print(f"stopped after step {len(log)} and saved: --resume goes on")
-        sys.exit(130)
+            # 6. Log; now and then, and at the end, evaluate and save.
+            tokens = whole[0].numel()
+            seconds = time.time() - start
+            log.append({"step": step + 1, "tokens": tokens * (step + 1), "seconds": seconds,
+                        **dict(zip(COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
+                        "tokens_per_second": tokens / seconds})
+            if step == 0 or len(log) % 100 == 0:
+                shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
+                print(", ".join(shown), flush=True)
+            if scaler.get_scale() <= 1 and not math.isfinite(norm):            # above 1: skipped
+                raise CourseError(f"the loss or its gradient is {norm}: lower --lr and --matrix-lr")
+            stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
+            if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
+                if machine.rank == 0:
+                    take_stock(parts, log, config, folder, measure, keep)
+                machine.total(torch.zeros(1))                      # the others wait for it
+            if stops and len(log) < config.steps:
+                print(f"stopped after step {len(log)} and saved: --resume goes on")
+                sys.exit(130)
     return log
 
 
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats per target, bits per byte) on sequences (N, 2, T) of x and y; or (N, 3, T).
-
-    The third are chapter 6's documents. sizes (V,): bytes of text of each token. Bits per byte can
-    be compared between tokenizers.
-    """
+    """Return (nats per target, bits per byte) on sequences (N, 2, T): x, y; or 3, with documents.
+    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
     nats = 0.0
     for part in sequences.to(machine.device).split(at_once):       # (at_once, 2 or 3, T)
         with machine.autocast():
-            nats += Objective(model)(*part.unbind(1))[0].item()
+            x, y, *documents = part.unbind(1)
+            nats += loss_sums(model(x, *documents), y)[0].item()
     return nats / len(targets), nats / math.log(2) / sizes[targets].sum().item()
 
 
@@ -321,51 +291,39 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
-    sequences = sliding_window_view(tokens, T + 1)[::T]            # all of them, (T + 1) each
-    every = math.ceil(T * len(sequences) / (limit or len(tokens)))
-    ids = torch.from_numpy(sequences[::every].astype(np.int64))    # (N, T + 1)
-    x_and_y = torch.stack((ids[:, :-1], ids[:, 1:]), dim=1)        # (N, 2, T)
+    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1): all
+    every = math.ceil(T * len(ids) / (limit or len(tokens)))
+    x_and_y = torch.stack((ids[::every, :-1], ids[::every, 1:]), dim=1)        # (N, 2, T): some
     return surprise(model, machine, x_and_y, sizes)
 
 
-def draw_curves(logs, path):
-    """Draw the columns of log.csv files {name: file}, from the fourth on, against tokens read."""
-    tables = {}
-    for name, file in logs.items():
-        tables[name] = np.genfromtxt(file, delimiter=",", names=True, ndmin=1)
-    columns = max([table.dtype.names for table in tables.values()], key=len)[3:]
-    lines = math.ceil(len(columns) / 4)
-    figure = Figure(figsize=(13, 3 * lines), layout="constrained")
+def draw_curves(log, path):
+    """Draw the columns of a log, from the fourth on, against tokens read."""
+    columns = list(log[-1])[3:]
+    figure = Figure(figsize=(13, 6), layout="constrained")
     for i, column in enumerate(columns, 1):
-        axis = figure.add_subplot(lines, 4, i, title=column)
-        for name, table in tables.items():
-            if column in table.dtype.names:
-                known = np.isfinite(table[column])                 # held-out values are few
-                axis.plot(table["tokens"][known], table[column][known], label=name)
-    figure.axes[0].legend()
+        rows = [row for row in log if column in row]               # held-out values are few
+        axis = figure.add_subplot(2, math.ceil(len(columns) / 2), i, title=column)
+        axis.plot([row["tokens"] for row in rows], [row[column] for row in rows])
     figure.supxlabel("tokens read")
     chapter1.save_figure(figure, path)
 
 
 # ---- The script ----------------------------------------------------------------------------------
-GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
-
-
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
     vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
     preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
-    compare: list[str] = field(default_factory=list)  # root folders whose runs to draw, no training
 
 
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
     base = Path(given.get("out", "out")) / "base"
     fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
-    if given.get("resume"):
+    if given.get("resume") and not given.get("test"):
         fixed |= {"optimizer", "weight_decay"}
-        defaults = resumed_settings(base, given)
+        defaults = {**read_checkpoint(base)["config"], "out": str(base.parent)}
     elif given.get("init") or given.get("test"):
         defaults = {"init": str(base), "context": 0, **GENTLE}
     else:
@@ -381,9 +339,6 @@ def main(config):
     """Train on out/data and keep the best model in out/base."""
     out = Path(config.out)
     folder = out / "base"
-    if config.compare:
-        draw_curves({root: f"{root}/base/log.csv" for root in config.compare}, out / "compare.png")
-        return print(f"drew {out}/compare.png")
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
         print(f"this run replaces the one in {folder}, once it is evaluated: copy {out} to keep it")
@@ -408,18 +363,16 @@ def main(config):
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
     vars(config).update(vars(model.config))                        # zeros filled in, to be saved
     model.to(machine.device).eval()
-    saved = read_checkpoint(folder) if config.resume else None
-    if saved:
-        model.load_state_dict(saved["model"])
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
         for split in ("val", "test"):
             loss, bits = evaluate(model, machine, texts[split], sizes)
             print(f"all of {split}: loss {loss:.4f}, {bits:.4f} bits per byte")
         return
-    loss, _ = evaluate(model, machine, texts["val"], sizes, 4096)
     print(config)
-    print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
+    if not config.resume:
+        loss, _ = evaluate(model, machine, texts["val"], sizes, 4096)
+        print(f"loss {loss:.2f}; of a guess among all tokens, {math.log(config.vocab_size):.2f}")
 
     # 3. Training.
     def batch(step):
@@ -435,11 +388,11 @@ def main(config):
     def keep(model):
         save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
 
-    train(model, batch, config, machine, folder, measure, keep, saved)
+    train(model, batch, config, machine, folder, measure, keep)
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
 
 
-# ---- Tools: device, precision, compilation, processes --------------------------------------------
+# ---- Tools: machine, compilation, interruptions, checkpoint, folder ------------------------------
 @dataclass
 class Machine:
     """Where and how to compute."""
@@ -480,13 +433,12 @@ def choose_device(name):
 def choose_machine(config):
     """Return the Machine: what the flags ask for, else what is best here. Raises CourseError."""
     device = choose_device(config.device)
-    precision = "fp32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()         # not in every torch
+    precision = "bf16" if has_bf16 else "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                 # TF32, where fp32 is asked for
         precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    elif getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():              # not in every torch
-        precision = "bf16"
     machine = Machine(device, config.precision or precision,
                       config.compile and device.type != "mps",
                       int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -498,33 +450,32 @@ def choose_machine(config):
         print("fp16: adamw for all weights, as muon needs bf16")
     if machine.world > 1:
         distributed.init_process_group()
-        atexit.register(distributed.destroy_process_group)
     return machine
 
 
-def compile_objective(objective, micro_batch, machine):
-    """Return the objective, compiled in pieces if that works: blocks are alike, one serves all."""
+def compile_parts(model, whole, config, machine):
+    """Compile a model's blocks, if that works (alike, so one serves all); return loss_sums, too."""
     if not machine.compile:
-        return objective
+        return loss_sums
     print("compiling: up to half a minute")
-    for part in [*objective.model.layers, objective.model.norm]:
+    for part in [*model.layers, model.norm]:
         part.compile()
-    objective.sums = torch.compile(objective.sums)
+    sums = torch.compile(loss_sums)
     torch._dynamo.config.recompile_limit = 100                     # with adapters, no two are alike
+    x, y, *documents = next(machine.split(whole, config.micro_batch))
     try:
         with machine.autocast():
-            terms = objective(*micro_batch)
+            terms = sums(model(x, *documents), y)
         terms.sum().backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"not compiled, so slower: {str(error).splitlines()[0]}")
         torch.compiler.set_stance("force_eager")                   # from now on, nothing is
-    objective.zero_grad()                                          # that was no step
-    return objective
+    model.zero_grad()                                              # that was no step
+    return sums
 
 
-# ---- Tools: interruptions, checkpoint, log -------------------------------------------------------
 @contextmanager
-def rescue(at_once):
+def rescue():
     """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
     interrupts = []
 
@@ -537,20 +488,12 @@ def rescue(at_once):
     try:
         yield interrupts
     except RuntimeError as error:
-        said = str(error).lower()
-        if "alloc" in said or "out of memory" in said:             # as CPU, MPS and CUDA put it
-            raise CourseError(f"out of memory: --micro-batch {at_once // 2 or 1} makes the same "
-                              "step in more parts; else lower --context") from None
+        if "alloc" in str(error).lower() or "out of memory" in str(error):     # CPU; MPS, CUDA
+            raise CourseError("out of memory: a smaller --micro-batch makes the same step in more "
+                              "parts; else lower --context") from None
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def is_over(log, config):
-    """Tell whether a run has taken its steps, or made no gain for `patience` evaluations."""
-    losses = [math.inf] + [row["val_loss"] for row in log if "val_loss" in row]
-    evals_without_gain = losses[::-1].index(min(losses))
-    return len(log) >= config.steps or 0 < config.patience <= evals_without_gain
 
 
 # A checkpoint holds parts, log and config. Without ... a resumed run would
@@ -559,14 +502,12 @@ def is_over(log, config):
 #   scaler       overflow in fp16, and leave some steps out
 #   log          read the same data again, and take a worse model for the best
 #   config       go on with other settings
-# Dropout and the order of the data follow from seed and step, and need no saving.
 def take_stock(parts, log, config, folder, measure, keep):
     """Evaluate the model, keep it if it is the best so far, and save the run."""
     model = parts["model"]
     with torch.compiler.set_stance("force_eager"):                 # only training is compiled
         loss, bits = measure(model.eval())
     model.train()
-    refuse_nan(loss, log, folder)
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
     if loss <= min([row.get("val_loss", loss) for row in log]):
         keep(model)
@@ -575,52 +516,11 @@ def take_stock(parts, log, config, folder, measure, keep):
     # Opened here, as torch.save would report a full disk by no OSError.
     with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
         torch.save({**states, "log": log, "config": asdict(config)}, file)
-    write_log(log, folder)
-
-
-def restore(parts, saved, config):
-    """Take up a checkpoint: return its log. Raises CourseError if there is nothing left to do."""
-    for name, part in parts.items():
-        part.load_state_dict(saved.pop(name))                      # it need not stay in memory
-    if is_over(saved["log"], config):
-        raise CourseError("this run is finished: with more --steps or --patience it goes on, "
-                          "without --resume a new one begins")
-    return saved["log"]
-
-
-def add_row(log, row, model, tokens, seconds):
-    """Add a step to the log; print the first and every hundredth."""
-    step = len(log) + 1
-    speed = tokens / seconds
-    row = {"step": step, "tokens": step * tokens, "seconds": seconds, **row,
-           "tokens_per_second": speed}
-    if torch.cuda.is_initialized():                                # how busy and how full it is
-        shape = model.config                                       # see show_parts in chapter 3
-        scores = shape.layers * shape.heads * shape.head_width * shape.context
-        weights = sum(p.numel() for p in model.parameters())
-        row["tflops"] = 6 * (weights + scores) * speed / 1e12
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    log.append(row)
-    if step == 1 or step % 100 == 0:
-        print(", ".join([f"{name} {value:,.6g}" for name, value in row.items()]), flush=True)
-
-
-def write_log(log, folder):
-    """Write log.csv and loss.png; where a viewer holds them open (Windows), go on without."""
-    blank = dict.fromkeys(chain(*log), math.nan)                   # rows differ
-    rows = [list({**blank, **row}.values()) for row in log]
-    with suppress(OSError):
-        with chapter1.replacing(folder / "log.csv") as path:
-            np.savetxt(path, rows, "%.12g", ",", header=",".join(blank), comments="")
-        draw_curves({folder.name: folder / "log.csv"}, folder / "loss.png")
-
-
-def refuse_nan(value, log, folder):
-    """From what is no number, nothing can be learnt: keep the log apart, raise CourseError."""
-    if not math.isfinite(value):
-        write_log(log, folder / "diverged")
-        raise CourseError(f"the loss or its gradient is {value}: lower --lr and --matrix-lr; "
-                          f"the curves are in {folder / 'diverged'}")
+    with chapter1.replacing(folder / "log.csv") as path, open(path, "w", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(log[-1]), restval="nan", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(log)
+    draw_curves(log, folder / "loss.png")
 
 
 def read_checkpoint(folder):
@@ -628,20 +528,22 @@ def read_checkpoint(folder):
     return torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
 
 
-def resumed_settings(folder, given):
-    """Return the settings of the run in a folder; flags that are given win."""
-    return {**read_checkpoint(folder)["config"], "out": "out", **given}
+def restore(parts, folder, config):
+    """Take up the run that stopped, where it stopped: return its log."""
+    saved = read_checkpoint(folder)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    print(f"{len(saved['log'])} of {config.steps} steps are done")
+    return saved["log"]
 
 
-def save_folder(model, tokenizer, folder, stops, template=""):
+def save_folder(model, tokenizer, folder, stops):
     """Write weights, config, tokenizer and generation_config.json, for transformers and vLLM."""
     model.save(folder)
     tokenizer.save(folder)
     end = tokenizer.special_tokens.get(tokenizer.end)
     chapter1.write_json(folder / "generation_config.json",
                         {"bos_token_id": end, "pad_token_id": end, "eos_token_id": stops})
-    if template:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -519,7 +519,8 @@ class Config(chapter4.TrainingConfig):
 def defaults_for(given):
     """Return the values of flags not given: of the run to resume, or rates for --init's weights."""
     if given.get("resume"):
-        return chapter4.resumed_settings(Path(given.get("out", "out")) / "chat", given)
+        out = given.get("out", "out")
+        return {**chapter4.read_checkpoint(Path(out) / "chat")["config"], "out": out}
     if given.get("init") and given.get("lora_rank"):
         return {"lr": 10 * chapter4.GENTLE["lr"]}              # adapters bear more (Schulman 2025)
     return chapter4.GENTLE if given.get("init") else {}
@@ -617,13 +618,12 @@ def main(config):
         return chapter4.surprise(model, machine, val, sizes)
 
     def keep(model):
-        template = chapter5.CHAT_TEMPLATE
         if config.lora_rank:
             model = merge_lora(model)
-        chapter4.save_folder(model, tokenizer, folder, sorted(ends), template)
+        chapter4.save_folder(model, tokenizer, folder, sorted(ends))
+        (folder / "chat_template.jinja").write_text(chapter5.CHAT_TEMPLATE, encoding="utf-8")
 
-    saved = chapter4.read_checkpoint(folder) if config.resume else None
-    chapter4.train(model, batch, config, machine, folder, measure, keep, saved)
+    chapter4.train(model, batch, config, machine, folder, measure, keep)
 
     # 4. What the best model can do now, and what it has forgotten.
     if machine.rank == 0:

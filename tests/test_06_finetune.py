@@ -343,7 +343,8 @@ def test_packed_equals_one_conversation_a_sequence(tokenizer):
     alone = chapter6.fill_up([chapter6.columns_of(*example) for example in given], 100, 7)
     for sequences in (packed, alone, chapter6.fill_up([chapter6.columns_of([1, 2, 3], [False] * 3)], 100, 7)):
         model = tiny_model(tokenizer.vocab_size)
-        loss = chapter4.Objective(model)(*sequences.unbind(1)).sum()
+        x, y, documents = sequences.unbind(1)
+        loss = chapter4.loss_sums(model(x, documents), y).sum()
         loss.backward()
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
     (loss, gradients), (other_loss, other_gradients), (nothing, zeros) = results
