@@ -22,7 +22,7 @@ Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Zhang 20
 import json
 import math
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def attention_in_blocks(q, k, v, visible, size=128):
 
 
 def choose_attention(kind, S, device):
-    """Return what "auto" stands for: up to 256 keys, one large product is the fastest anyway."""
+    """Return what "auto" stands for: up to 256 keys, one large product is the fastest."""
     if kind != "auto":
         return kind
     if S <= 256:
@@ -106,16 +106,20 @@ def choose_attention(kind, S, device):
 
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
-    a mask all is seen; but "fused" with T = S then hides what comes later."""
-    kind = choose_attention(kind, k.shape[2], q.device)        # GPT.forward chooses alike
+    a mask, each position sees itself and all before it."""
+    T, S = q.shape[2], k.shape[2]
+    kind = choose_attention(kind, S, q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's own code, which can mask by itself
-        causal = visible is None and q.shape[2] == k.shape[2]
-        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
-    if kind == "blocks" and visible is not None:
+    if kind == "fused" and visible is None and T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)         # torch's own code
+    if visible is None and T > 1:                # a lone query, the last, sees all
+        visible = who_sees(T, S, device=q.device)
+    if kind == "fused":
+        return F.scaled_dot_product_attention(q, k, v, visible)
+    if kind == "blocks" and T > 1:
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
 
@@ -146,14 +150,9 @@ def rotate(heads, cos, sin):
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # For those new to torch: module(x) calls the module's `forward`, and super().__init__() lets torch
 # find the weights in it, to train, save and move them. More stands in the README.
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide x (..., width) by its root mean square, so that sums that grew stay near 1 in size;
-    then multiply each number by a learned weight."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+    then multiply each number by a learned weight: torch's own, which warns where x has 16 bits."""
 
     def forward(self, x):
         # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits
@@ -229,11 +228,11 @@ class Attention(nn.Module):
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        into_heads = (-1, self.config.head_width)
-        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
-        q = self.q_proj(x).unflatten(-1, into_heads).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
-        v = self.v_proj(x).unflatten(-1, into_heads).transpose(1, 2)           # (B, K, T, D)
+        heads = []
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            split = linear(x).unflatten(-1, (-1, self.config.head_width))      # -> (B, T, H, D)
+            heads.append(split.transpose(1, 2))                    # swaps two axes: (B, H, T, D)
+        q, k, v = heads
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.config.positions == "rope":
@@ -293,8 +292,7 @@ class GPT(nn.Module):
         super().__init__()
         # Checked here, as the vocabulary is 0 until chapter 4 knows it.
         if min(config.vocab_size, config.context, config.layers) < 1:
-            raise CourseError(f"--vocab-size {config.vocab_size}, --context {config.context}, "
-                              f"--layers {config.layers}: each must be at least 1")
+            raise CourseError("--vocab-size, --context, --layers: at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
@@ -324,11 +322,9 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        kind = choose_attention(self.config.attention, S, ids.device)
-        masks_itself = kind == "fused" and T == S
-        visible = None                                             # a lone query sees all
-        if documents is not None or (T > 1 and not masks_itself):
-            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
+        visible = None                                             # all positions before
+        if documents is not None:
+            visible = who_sees(T, S, documents, ids.device)        # (B, 1, T, S)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
@@ -407,7 +403,7 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
 }
 PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
     f"\n  {name}: {values}" for name, values in PRESETS.items())
-SHAPE = list(asdict(GPTConfig()))
+SHAPE = vars(GPTConfig())
 
 
 def find_preset(name):
@@ -455,14 +451,16 @@ LLAMA_SETTINGS = {
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "head_width": "head_dim",
     "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings", "dropout": "resid_pdrop", "rope_theta": "rope_theta"}
+OUR_SETTINGS = {name: name for name in SHAPE if name != "attention"}  # how, not what, it computes
 FAMILIES = {  # model_type: (its class in transformers, its settings, what else its models have)
     "gpt2": ("GPT2LMHeadModel", GPT2_SETTINGS, GPT2),
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
-    "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False})}
+    "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False}),
+    "course": ("", OUR_SETTINGS, {})}            # any other mix; transformers does not know it
 EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
-    "activation_function": "gelu_new", "use_sliding_window": False, "rope_type": "default",
-    "hidden_act": "silu", "rope_scaling": None, "scale_attn_weights": True, "mlp_bias": False,
-    "scale_attn_by_inverse_layer_idx": False, "quantization_config": None, "attention_bias": False}
+    "activation_function": "gelu_new", "hidden_act": "silu", "use_sliding_window": False,
+    "rope_type": "default", "rope_scaling": None, "scale_attn_by_inverse_layer_idx": False,
+    "quantization_config": None}                 # biases in Llamas show as tensors not expected
 GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
     "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
     "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
@@ -474,8 +472,6 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def read_config(data):
     """Return the GPTConfig of a parsed config.json. Raises CourseError for what we do not know."""
     family = data["model_type"]
-    if family == "course":
-        return GPTConfig(**data["course"])
     if family not in FAMILIES:
         raise CourseError(f"a model of type {family} is not supported")
     _, settings, parts = FAMILIES[family]
@@ -488,8 +484,7 @@ def read_config(data):
 
 
 def write_config(config):
-    """Return what config.json holds: of the first family in which no setting, a new one of yours
-    included, is lost; if there is none, of type "course", which transformers does not know."""
+    """Return what config.json holds: of the first family in which no setting is lost."""
     for family, (architecture, settings, _) in FAMILIES.items():
         data = {"model_type": family, "architectures": [architecture],
                 "bos_token_id": None, "eos_token_id": None}
@@ -497,8 +492,8 @@ def write_config(config):
             data[theirs] = getattr(config, ours)
         with suppress(CourseError):              # a shape that the family cannot have
             if read_config(data) == replace(config, attention="auto"):
-                return data
-    return {"model_type": "course", "course": asdict(config)}
+                break
+    return data
 
 
 def family_tensors(model, family):
@@ -541,30 +536,26 @@ def read_safetensors(path):
     """Return {name, less the prefix of its family, which some files lack: tensor}."""
     data = np.memmap(path, mode="c")             # its bytes: mapped, not read; files stay as is
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
+    for name, entry in json.loads(data[8:start].tobytes()).items():
+        if name.endswith(("__metadata__", ".attn.bias", ".attn.masked_bias")):
+            continue                             # no weights: the last two are masks, in GPT-2's
         begin, end = entry["data_offsets"]
         numbers = torch.from_numpy(data[start:][begin:end]).view(DTYPES[entry["dtype"]])
         name = name.removeprefix("transformer.").removeprefix("model.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):             # old GPT-2s: masks
-            tensors[name] = numbers.reshape(entry["shape"])
+        tensors[name] = numbers.reshape(entry["shape"])
     return tensors
 
 
 def load_model(folder, context=0):
     """Open a folder of ours, or of the GPT-2, Llama or Qwen3 family. Raises CourseError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CourseError(f"there is no folder {folder} "
-                          "(04_train.py makes OUT/base, 06_finetune.py OUT/chat)")
-    data = chapter1.read_json(folder / "config.json", "the script that made the model")
+    makers = "04_train.py (OUT/base) or 06_finetune.py (OUT/chat)"
+    data = chapter1.read_json(Path(folder) / "config.json", makers)
     found = {}
     try:
         with torch.device("meta"):                             # shapes without numbers
             model = GPT(read_config(data)).to_empty(device="cpu")
-        for path in folder.glob("model*.safetensors"):         # a large model comes in several
+        for path in Path(folder).glob("model*.safetensors"):         # a large model comes in several
             found.update(read_safetensors(path))
         expected = family_tensors(model, data["model_type"])
         if model.config.tied:
