@@ -1,9 +1,8 @@
 """Chapter 3 · The model: a GPT with attention by hand, able to open GPT-2, Llama and Qwen3 weights.
 
 Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
-between stands a stack of equal blocks. In each, attention lets a position gather what it needs from
-those before it, and the MLP, a small network, thinks about what was gathered. Both only add to a
-running sum, the residual stream x: what a block does not change stays as earlier ones left it:
+between stand equal blocks: attention lets a position gather what it needs from those before it, and
+the MLP, a small network, works on it. Both only add to a running sum, the residual stream x:
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
                                          |                       ^  |                 ^
@@ -13,7 +12,7 @@ running sum, the residual stream x: what a block does not change stays as earlie
     GPT-2 (2019)  LayerNorm  learned positions  GELU    biases
     today         RMSNorm    RoPE               SwiGLU  QK-norm, grouped heads
 
-Run:    python 03_model.py                  the parts, what they cost, the first loss, a test
+Run:    python 03_model.py                  the parts, what they cost, a test of causality
         python 03_model.py --preset gpt2    of another shape; every setting is a flag, see --help
 Draws:  out/rope.png
 Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Zhang 2019 (RMSNorm),
@@ -68,8 +67,7 @@ def who_sees(T, S, documents=None, device=None):
     """Return the causal mask (T, S), True where one may look; the last T of S positions ask.
 
     A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text (chapter 6 puts several short ones into a sequence), it
-    sees its own text only: one mask per sequence.
+    `documents` (B, S), a number per text (chapter 6 joins short ones), it sees its own text only.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
@@ -82,11 +80,10 @@ def who_sees(T, S, documents=None, device=None):
     return visible
 
 
-# ---- Attention, for real: the same, with less work and memory ------------------------------------
-# At the default context of 256, the formula is all that runs: skip this function at first.
+# ---- Attention, for real: the same, with less work and memory (skip it at first) -----------------
 def attention_in_blocks(q, k, v, visible, size=128):
-    """Return what attention_formula does, `size` queries at a time, each time with the keys up to
-    the last of them: the scores of later ones, half of all (T, S), would be thrown away anyway."""
+    """Return what attention_formula does, `size` queries at a time, with the keys up to the last
+    of them: scores of later ones, half of all (T, S), would be thrown away anyway."""
     parts = []
     end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
@@ -106,20 +103,16 @@ def choose_attention(kind, S, device):
 
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
-    a mask, each position sees itself and all before it."""
-    T, S = q.shape[2], k.shape[2]
-    kind = choose_attention(kind, S, q.device)
+    a mask all is seen; but "fused" with T = S then hides what comes later."""
+    kind = choose_attention(kind, k.shape[2], q.device)        # GPT.forward chooses alike
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused" and visible is None and T == S:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)         # torch's own code
-    if visible is None and T > 1:                # a lone query, the last, sees all
-        visible = who_sees(T, S, device=q.device)
-    if kind == "fused":
-        return F.scaled_dot_product_attention(q, k, v, visible)
-    if kind == "blocks" and T > 1:
+    if kind == "fused":                          # torch's own code, which can mask by itself
+        causal = visible is None and q.shape[2] == k.shape[2]
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
+    if kind == "blocks" and visible is not None:
         return attention_in_blocks(q, k, v, visible)
     return attention_formula(q, k, v, visible)
 
@@ -152,10 +145,10 @@ def rotate(heads, cos, sin):
 # find the weights in it, to train, save and move them. More stands in the README.
 class RMSNorm(nn.RMSNorm):
     """Divide x (..., width) by its root mean square, so that sums that grew stay near 1 in size;
-    then multiply each number by a learned weight: torch's own, which warns where x has 16 bits."""
+    then multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits
+        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits (of which torch's warns)
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -228,11 +221,11 @@ class Attention(nn.Module):
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        heads = []
-        for linear in (self.q_proj, self.k_proj, self.v_proj):
-            split = linear(x).unflatten(-1, (-1, self.config.head_width))      # -> (B, T, H, D)
-            heads.append(split.transpose(1, 2))                    # swaps two axes: (B, H, T, D)
-        q, k, v = heads
+        D = self.config.head_width
+        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
+        q = self.q_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.config.positions == "rope":
@@ -290,8 +283,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # Checked here, as the vocabulary is 0 until chapter 4 knows it.
-        if min(config.vocab_size, config.context, config.layers) < 1:
+        if min(config.vocab_size, config.context, config.layers) < 1:          # 0: not yet known
             raise CourseError("--vocab-size, --context, --layers: at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
@@ -313,8 +305,7 @@ class GPT(nn.Module):
 
     def forward(self, ids, documents=None, cache=None, last_only=False):
         """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5);
-        with last_only, of the last position alone, (B, 1, V). documents (B, S): a number per text,
-        where several share a sequence. Raises CourseError past the context."""
+        with last_only, of the last position alone, (B, 1, V). documents (B, S): see who_sees."""
         past = 0 if cache is None else cache.length
         T = ids.shape[1]
         S = past + T
@@ -322,11 +313,13 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        visible = None                                             # all positions before
-        if documents is not None:
-            visible = who_sees(T, S, documents, ids.device)        # (B, 1, T, S)
+        kind = choose_attention(self.config.attention, S, ids.device)
+        masks_itself = kind == "fused" and T == S
+        visible = None                                             # a lone query sees all
+        if documents is not None or (T > 1 and not masks_itself):
+            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
-        if self.embed_positions is not None:
+        if self.embed_positions:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
         for block in self.layers:
@@ -347,8 +340,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention has products without weights as well: for each key that is seen, on average T / 2, C
-    for its score and C for its value, so C T more in each block."""
+    Attention multiplies keys and values as well: of T / 2 positions on average, C numbers each."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -362,14 +354,11 @@ def show_parts(config):
 
 
 def show_causality(config):
-    """Print the loss of a random model on random tokens, and whether it looks ahead."""
-    V = config.vocab_size
+    """Print how much a random model's logits change where later tokens do: not at all."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
     half = max(1, min(64, config.context // 2))
-    ids, targets = torch.randint(V, (2, 8, 2 * half))              # (B, T) each
+    ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    print(f"first loss {loss:.2f} (2 layers); a guess among {V} tokens: {math.log(V):.2f}")
     ids[:, half:] = 0                                              # another second half
     first, second = (model(ids) - logits).abs().split(half, dim=1)
     print(f"another second half changes its logits by {second.max():.0e}, "
@@ -395,12 +384,10 @@ LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr
              eval_every=250)
 PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 trains it
     "small": {},                                 # the defaults: 4 million weights, for a CPU
-    "gpu": dict(layers=6, heads=6, width=384, dropout=0.2,         # 12 million
-                steps=640, batch_tokens=32768, micro_batch=128, lr=3e-3, matrix_lr=6e-3,
-                eval_every=80),
+    "gpu": dict(layers=6, heads=6, width=384, dropout=0.2, steps=640, batch_tokens=32768,
+                micro_batch=128, lr=3e-3, matrix_lr=6e-3, eval_every=80),      # 12 million
     "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
-    "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768),
-}
+    "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768)}
 PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
     f"\n  {name}: {values}" for name, values in PRESETS.items())
 SHAPE = vars(GPTConfig())
@@ -430,14 +417,12 @@ def defaults_for(given):
 
 
 def main(config):
-    """Show parts and cost, the first loss, and that the model sees no later token; draw RoPE."""
+    """Show parts and cost, and that the model sees no later token; draw RoPE."""
     print(config)
     show_parts(config)
     show_causality(config)
     if config.positions == "rope":
         draw_rope(config, f"{config.out}/rope.png")
-    else:
-        print("its positions are learned: there are no angles to draw")
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
@@ -451,16 +436,15 @@ LLAMA_SETTINGS = {
     "layers": "num_hidden_layers", "heads": "num_attention_heads", "head_width": "head_dim",
     "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings", "dropout": "resid_pdrop", "rope_theta": "rope_theta"}
-OUR_SETTINGS = {name: name for name in SHAPE if name != "attention"}  # how, not what, it computes
 FAMILIES = {  # model_type: (its class in transformers, its settings, what else its models have)
     "gpt2": ("GPT2LMHeadModel", GPT2_SETTINGS, GPT2),
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False}),
-    "course": ("", OUR_SETTINGS, {})}            # any other mix; transformers does not know it
+    "course": ("", dict(zip(SHAPE, SHAPE)), {})}               # any mix, unknown to transformers
 EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
     "activation_function": "gelu_new", "hidden_act": "silu", "use_sliding_window": False,
     "rope_type": "default", "rope_scaling": None, "scale_attn_by_inverse_layer_idx": False,
-    "quantization_config": None}                 # biases in Llamas show as tensors not expected
+    "quantization_config": None}                 # biases show as tensors that are not expected
 GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
     "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
     "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
@@ -485,15 +469,15 @@ def read_config(data):
 
 def write_config(config):
     """Return what config.json holds: of the first family in which no setting is lost."""
+    config = replace(config, attention="auto")   # how to compute it is no part of a model
     for family, (architecture, settings, _) in FAMILIES.items():
         data = {"model_type": family, "architectures": [architecture],
                 "bos_token_id": None, "eos_token_id": None}
         for ours, theirs in settings.items():
             data[theirs] = getattr(config, ours)
         with suppress(CourseError):              # a shape that the family cannot have
-            if read_config(data) == replace(config, attention="auto"):
-                break
-    return data
+            if read_config(data) == config:
+                return data
 
 
 def family_tensors(model, family):
@@ -553,30 +537,29 @@ def load_model(folder, context=0):
     data = chapter1.read_json(Path(folder) / "config.json", makers)
     found = {}
     try:
-        with torch.device("meta"):                             # shapes without numbers
-            model = GPT(read_config(data)).to_empty(device="cpu")
-        for path in Path(folder).glob("model*.safetensors"):         # a large model comes in several
+        config = read_config(data)
+        if context > config.context:
+            raise CourseError(f"--context {context}: the model knows {config.context} positions")
+        config.context = context or config.context                 # all may need much memory
+        with torch.device("meta"):                                 # shapes without numbers
+            model = GPT(config).to_empty(device="cpu")
+        for path in Path(folder).glob("model*.safetensors"):       # a large model comes in several
             found.update(read_safetensors(path))
         expected = family_tensors(model, data["model_type"])
-        if model.config.tied:
-            found.pop("lm_head.weight", None)                  # it is the embedding
+        if config.tied:
+            found.pop("lm_head.weight", None)                      # it is the embedding
         odd = sorted(expected.keys() ^ found.keys())
         if odd:
             raise CourseError(f"tensors missing, or not expected: {odd[:9]}")
         for name, views in expected.items():
             for view, part in zip(views, found[name].chunk(len(views), dim=-1)):
+                if name in ("wpe.weight", "embed_positions.weight"):
+                    part = part[:config.context]
                 if view.shape != part.shape:
                     raise CourseError(f"{name} is {part.shape}, not {view.shape}")
-                view.copy_(part)                               # whatever its dtype, float32 now
-    except Exception as error:                                 # whatever a damaged file leads to
+                view.copy_(part)                                   # float32 now, whatever it was
+    except Exception as error:                                     # whatever damage leads to
         raise CourseError(f"{folder}: {error}".splitlines()[0])
-    if context > model.config.context:
-        raise CourseError(f"--context {context}: the model knows {model.config.context} positions")
-    if context:                                                # the full one may need much memory
-        model.config.context = context
-        if model.embed_positions is not None:
-            table = model.embed_positions.weight
-            table.data = table.data[:context].clone()
     return model
 
 
