@@ -64,10 +64,9 @@ def attention_formula(q, k, v, visible=None):
 
 
 def who_sees(T, S, documents=None, device=None):
-    """Return the causal mask (T, S), True where one may look; the last T of S positions ask.
-
-    A position sees itself and those before it: it is to guess the next token, not to copy it. With
-    `documents` (B, S), a number per text (chapter 6 joins short ones), it sees its own text only.
+    """Return the causal mask (T, S), True where one may look; the last T of S positions ask. Each
+    sees itself and those before it: it is to guess the next token, not to copy it. With `documents`
+    (B, S), a number per text (chapter 6 joins several short ones), it sees its own text only.
 
     >>> who_sees(2, 3).tolist()
     [[True, True, False], [True, True, True]]
@@ -222,10 +221,9 @@ class Attention(nn.Module):
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
         D = self.config.head_width
-        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
-        q = self.q_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, K, T, D)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D), K for H in k, v: transpose swaps two axes
+        q, k, v = [linear(x).unflatten(-1, (-1, D)).transpose(1, 2) for linear in linears]
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.config.positions == "rope":
@@ -427,15 +425,15 @@ def main(config):
 
 
 # ---- Tools: folders for transformers, config.json and model.safetensors --------------------------
-GPT2_SETTINGS = {  # ours: theirs, in config.json
-    "vocab_size": "vocab_size", "context": "n_positions", "layers": "n_layer", "heads": "n_head",
-    "width": "n_embd", "hidden": "n_inner", "norm_eps": "layer_norm_epsilon",
-    "tied": "tie_word_embeddings", "dropout": "resid_pdrop"}
-LLAMA_SETTINGS = {
-    "vocab_size": "vocab_size", "context": "max_position_embeddings", "width": "hidden_size",
-    "layers": "num_hidden_layers", "heads": "num_attention_heads", "head_width": "head_dim",
-    "kv_heads": "num_key_value_heads", "hidden": "intermediate_size", "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings", "dropout": "resid_pdrop", "rope_theta": "rope_theta"}
+GPT2_SETTINGS = dict(  # ours=theirs, in config.json
+    vocab_size="vocab_size", context="n_positions", layers="n_layer", heads="n_head",
+    width="n_embd", hidden="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
+    dropout="resid_pdrop")
+LLAMA_SETTINGS = dict(
+    vocab_size="vocab_size", context="max_position_embeddings", layers="num_hidden_layers",
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_width="head_dim",
+    width="hidden_size", hidden="intermediate_size", norm_eps="rms_norm_eps",
+    tied="tie_word_embeddings", dropout="resid_pdrop", rope_theta="rope_theta")
 FAMILIES = {  # model_type: (its class in transformers, its settings, what else its models have)
     "gpt2": ("GPT2LMHeadModel", GPT2_SETTINGS, GPT2),
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
@@ -445,11 +443,10 @@ EXPECTED = {  # other settings: the only value that we can honour, which is also
     "activation_function": "gelu_new", "hidden_act": "silu", "use_sliding_window": False,
     "rope_type": "default", "rope_scaling": None, "scale_attn_by_inverse_layer_idx": False,
     "quantization_config": None}                 # biases show as tensors that are not expected
-GPT2_NAMES = {  # ours: theirs, in model.safetensors; Llama's are ours
-    "embed_tokens": "wte", "embed_positions": "wpe", "norm": "ln_f", "layers": "h",
-    "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn": "attn",
-    "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "c_proj",
-    "up_proj": "c_fc", "down_proj": "c_proj"}
+GPT2_NAMES = dict(  # ours=theirs, in model.safetensors; Llama's are ours
+    embed_tokens="wte", embed_positions="wpe", norm="ln_f", layers="h", self_attn="attn",
+    input_layernorm="ln_1", post_attention_layernorm="ln_2", q_proj="c_attn", k_proj="c_attn",
+    v_proj="c_attn", o_proj="c_proj", up_proj="c_fc", down_proj="c_proj")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
