@@ -439,10 +439,9 @@ FAMILIES = {  # model_type: (its class in transformers, its settings, what else 
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False}),
     "course": ("", dict(zip(SHAPE, SHAPE)), {})}               # any mix, unknown to transformers
-EXPECTED = {  # other settings: the only value that we can honour, which is also the usual one
-    "activation_function": "gelu_new", "hidden_act": "silu", "use_sliding_window": False,
-    "rope_type": "default", "rope_scaling": None, "scale_attn_by_inverse_layer_idx": False,
-    "quantization_config": None}                 # biases show as tensors that are not expected
+EXPECTED = dict(  # others: the only value we can honour, the usual one; biases show as odd tensors
+    activation_function="gelu_new", hidden_act="silu", rope_type="default", rope_scaling=None,
+    use_sliding_window=False, scale_attn_by_inverse_layer_idx=False, quantization_config=None)
 GPT2_NAMES = dict(  # ours=theirs, in model.safetensors; Llama's are ours
     embed_tokens="wte", embed_positions="wpe", norm="ln_f", layers="h", self_attn="attn",
     input_layernorm="ln_1", post_attention_layernorm="ln_2", q_proj="c_attn", k_proj="c_attn",
@@ -530,8 +529,7 @@ def read_safetensors(path):
 
 def load_model(folder, context=0):
     """Open a folder of ours, or of the GPT-2, Llama or Qwen3 family. Raises CourseError."""
-    makers = "04_train.py (OUT/base) or 06_finetune.py (OUT/chat)"
-    data = chapter1.read_json(Path(folder) / "config.json", makers)
+    data = chapter1.read_json(Path(folder) / "config.json", "04_train.py or 06_finetune.py")
     found = {}
     try:
         config = read_config(data)
