@@ -92,7 +92,7 @@ def attention_in_blocks(q, k, v, visible, size=128):
 
 
 def choose_attention(kind, S, device):
-    """Return what "auto" stands for: up to 256 keys, one large product is the fastest."""
+    """Return what "auto" stands for: up to 256 keys, as by default, one product is fastest."""
     if kind != "auto":
         return kind
     if S <= 256:
@@ -147,7 +147,7 @@ class RMSNorm(nn.RMSNorm):
     then multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in float32 even where x has 16 bits (of which torch's warns)
+        # x / sqrt(mean(x^2) + eps), in float32 even if x has 16 bits; torch's own warns then
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -281,7 +281,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if min(config.vocab_size, config.context, config.layers) < 1:          # 0: not yet known
+        if min(config.vocab_size, config.context, config.layers) < 1:          # V: 0 till chapter 4
             raise CourseError("--vocab-size, --context, --layers: at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
@@ -338,7 +338,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention multiplies keys and values as well: of T / 2 positions on average, C numbers each."""
+    Attention multiplies keys and values too, T / 2 on average, of C numbers: C T more a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -439,7 +439,7 @@ FAMILIES = {  # model_type: (its class in transformers, its settings, what else 
     "llama": ("LlamaForCausalLM", LLAMA_SETTINGS, {"qk_norm": False, "tied": False}),
     "qwen3": ("Qwen3ForCausalLM", LLAMA_SETTINGS, {"tied": False}),
     "course": ("", dict(zip(SHAPE, SHAPE)), {})}               # any mix, unknown to transformers
-EXPECTED = dict(  # others: the only value we can honour, the usual one; biases show as odd tensors
+EXPECTED = dict(  # other settings: the only value that we can honour; biases show as odd tensors
     activation_function="gelu_new", hidden_act="silu", rope_type="default", rope_scaling=None,
     use_sliding_window=False, scale_attn_by_inverse_layer_idx=False, quantization_config=None)
 GPT2_NAMES = dict(  # ours=theirs, in model.safetensors; Llama's are ours
@@ -464,7 +464,8 @@ def read_config(data):
 
 
 def write_config(config):
-    """Return what config.json holds: of the first family in which no setting is lost."""
+    """Return what config.json holds, of the first family that loses no setting: "course" has all,
+    a new one of yours included."""
     config = replace(config, attention="auto")   # how to compute it is no part of a model
     for family, (architecture, settings, _) in FAMILIES.items():
         data = {"model_type": family, "architectures": [architecture],
@@ -535,7 +536,7 @@ def load_model(folder, context=0):
         config = read_config(data)
         if context > config.context:
             raise CourseError(f"--context {context}: the model knows {config.context} positions")
-        config.context = context or config.context                 # all may need much memory
+        config.context = context or config.context                 # the full one needs memory
         with torch.device("meta"):                                 # shapes without numbers
             model = GPT(config).to_empty(device="cpu")
         for path in Path(folder).glob("model*.safetensors"):       # a large model comes in several
