@@ -387,7 +387,7 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     ("--chat --prompt x", "nothing together: chat, prompt"), ("--score x --heatmap y", "nothing together: heatmap, score"),
-    ("--chat --samples 2", "nothing together: chat, samples"), ("--model {tmp}/nowhere", "no folder {tmp}/nowhere"),
+    ("--chat --samples 2", "nothing together: chat, samples"), ("--model {tmp}/nowhere", "cannot read {tmp}/nowhere/config.json"),
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
     ("--score {tmp}/none.txt", "none.txt"), ("--score {tmp}/empty.txt", "empty"), ("--prompt=", "empty"),
