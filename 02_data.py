@@ -192,7 +192,10 @@ def choose_source(config):
     kept = folder / "source.json"                              # chapter 1 writes it last
     source = config.source or ["python"]
     if config.tokenizer:                                       # as if chapter 1 had made it
-        chapter1.Tokenizer.load(config.tokenizer).save(folder)
+        tokenizer = chapter1.Tokenizer.load(config.tokenizer)
+        if tokenizer.end is None:
+            raise CourseError(f"--tokenizer {config.tokenizer} has no token that ends a document")
+        tokenizer.save(folder)
         if config.source or not kept.exists():
             chapter1.write_json(kept, source)
     make = f"{chapter1.command('01_tokenizer.py', config)} --source {shlex.join(source)}"

@@ -220,10 +220,11 @@ class Attention(nn.Module):
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        D = self.config.head_width
-        linears = (self.q_proj, self.k_proj, self.v_proj)
-        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D), K for H in k, v: transpose swaps two axes
-        q, k, v = [linear(x).unflatten(-1, (-1, D)).transpose(1, 2) for linear in linears]
+        heads = (-1, self.config.head_width)
+        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
+        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, K, T, D)
+        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, K, T, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.config.positions == "rope":

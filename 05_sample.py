@@ -12,7 +12,6 @@ filters in between are compromises, each a few lines:
 Run:    python 05_sample.py --prompt "def read"         goes on with a text
         python 05_sample.py --chat                      talks, after chapter 6
         python 05_sample.py --explain                   shows the five likeliest tokens each time
-        python 05_sample.py --score 01_tokenizer.py     shows where a text surprises the model
         python 05_sample.py --heatmap out/attention.png --prompt "for name in names: print(name)"
 Prints: the text as it is written, then how much of it is copied from the training data
 Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Carlini et al. 2021 (memorisation)
@@ -213,25 +212,6 @@ def draw_heatmap(model, tokenizer, ids, path):
     print(f"drew {path}: how much the token on the left looks at the one below")
 
 
-@torch.inference_mode()
-def score(model, tokenizer, ids):
-    """Print what each token costs in bits, but for the first, which follows nothing, and what a
-    byte of the text costs. A token of probability p costs -log2 p: 0 bits if it was certain, 1 if
-    it was one of two."""
-    T = model.config.context                                   # the model sees T at a time
-    text = as_tensor(model, ids)
-    total = 0
-    for inputs, targets in zip(text[:-1].split(T), text[1:].split(T)):         # (T) each
-        logits = model(inputs[None])[0]                                        # (T, V)
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")          # (T)
-        bits = losses / math.log(2)                            # -ln p -> -log2 p
-        for i, cost in zip(targets.tolist(), bits.tolist()):
-            total += cost
-            print(f"{cost:5.1f} {'#' * round(cost):16} {tokenizer.decode([i])!r}")
-    size = len(tokenizer.decode_bytes(ids[1:])) or 1
-    print(f"{total / size:.3f} bits per byte")
-
-
 def memorisation(ids, tokens):
     """Return the length of the longest run of ids that stands in tokens too: how much the model
     knows by heart is a question of privacy, and of licences.
@@ -339,7 +319,6 @@ class Config:
     seed: int = 1  # which random numbers the first text draws by; the others by seed + 1, + 2, ...
     chat: bool = False  # talk with it: /reset forgets, Ctrl-D ends
     explain: bool = False  # show the five likeliest tokens at each position, and the entropy
-    score: str = ""  # show where this text file surprises the model, and bits per byte
     heatmap: str = ""  # draw the attention over the prompt's tokens to this file
     device: str = ""  # cpu, cuda, mps (default: the fastest there is)
     out: str = "out"  # root folder of the course
@@ -347,7 +326,7 @@ class Config:
 
 def defaults_for(given):
     """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
-    for group in ("chat score heatmap samples", "chat score prompt"):
+    for group in ("chat heatmap samples", "chat prompt"):
         found = sorted(given.keys() & group.split())
         if len(found) > 1:
             raise CourseError(f"these flags do nothing together: {', '.join(found)}")
@@ -355,19 +334,16 @@ def defaults_for(given):
 
 
 def main(config):
-    """Talk, score, draw or go on with a text, as the flags say."""
+    """Talk, draw or go on with a text, as the flags say."""
     folder = config.model or Path(config.out, "chat" if config.chat else "base")
     model, tokenizer, ends = open_model(folder, chapter4.choose_device(config.device))
     if config.chat:
         return chat(model, tokenizer, config, ends)
-    text = Path(config.score).read_text(encoding="utf-8") if config.score else config.prompt
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(config.prompt)
     if tokenizer.first is not None:
         ids = [tokenizer.first, *ids]
     if not ids:
-        raise CourseError("the text is empty: give the model a word to go on from")
-    if config.score:
-        return score(model, tokenizer, ids)
+        raise CourseError("--prompt is empty: give the model a word to go on from")
     if config.heatmap:
         return draw_heatmap(model, tokenizer, ids, config.heatmap)
     data = chapter2.matching_tokens(Path(config.out, "data"), "train", tokenizer)

@@ -46,14 +46,12 @@ chapter3 = import_module("03_model")
 chapter4 = import_module("04_train")
 chapter5 = import_module("05_sample")
 CourseError = chapter1.CourseError
-CHAT_END = chapter1.CHAT_END
 IGNORED = chapter4.IGNORED
 
 # Legend
 #   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
 #   learnt     for each id, whether it counts in the loss
 #   entry      a line of the grammar below; a task is made of one, or of two, one in the other
-#              (a property, like "even", is not counted)
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
@@ -203,7 +201,13 @@ property  | item > K                  | {greater|larger|more} than K
 property  | item < K                  | {less|smaller} than K
 property  | item >= K                 | at least K
 property  | item <= K                 | at most K
-question  | P                         | whether N is P
+question  | N % 2 == 0                | whether N is even
+question  | N % 2 == 1                | whether N is odd
+question  | N % S == 0                | whether N is divisible by S
+question  | N > 0                     | whether N is positive
+question  | N < 0                     | whether N is negative
+question  | N >= K                    | whether N is at least K
+question  | N <= K                    | whether N is at most K
 question  | N > X                     | whether N is {greater|larger|more} than X
 question  | N == X                    | whether N {equals|is equal to} X
 question  | N in Y                    | whether N is {in|one of} Y
@@ -241,6 +245,7 @@ PHRASINGS = """
 {Return|Give back|Compute} ANSWER {in|with|by} {a|the} function HEADER.
 {My program|Our module} {needs|lacks} HEADER{, which|: it|. It} {returns|calculates} ANSWER.
 {Let|Make|Have} HEADER {return|give} ANSWER.
+HEADER {returns|gives|should return|must give|computes} ANSWER.
 {Task|To do|Exercise}: {|a function |write }HEADER{ that returns|, returning|:} ANSWER.
 {How|In what way} {do|can|would} {I|you|we} write HEADER to {give|get} ANSWER?
 """
@@ -296,22 +301,19 @@ def compose(entry, task, names, chooser):
         X         part              the absolute value of x          before it, part = abs(x)
         returns   max(rows, part)   the larger of rows and the absolute value of x
     """
-    if entry.kind != "property":
-        task.parts.append(entry.code)
+    task.parts.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        is_open = slot in "PQ" or len(task.parts) == 1         # two in one are enough
+        is_open = len(task.parts) == 1                         # two in one are enough
         if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, names, chooser)
             texts[slot] = text.removeprefix("whether ")
-            if slot == "P" and "N" in codes:                   # written for an item; here, it is N
-                code = re.sub(r"\bitem\b", codes["N"], code)
-            elif slot not in "PQ":                             # these two stay within the line
-                task.lines.append(f"part = {code}")
-                code = "part"
             codes[slot] = code
+            if slot not in "PQ":                               # these two stay within the line
+                task.lines.append(f"part = {code}")
+                codes[slot] = "part"
         elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
             codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
             task.constants.append((entry.code, codes[slot]))
@@ -336,10 +338,8 @@ def phrase(task, phrasing, noise, chooser):
         if word in fixed:
             words[i] = fixed[word]
         elif noise and word.isalpha() and chooser.random() < share:
-            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
-            words[i] += chooser.choice(["", "", "", ","])
-    text = "".join(words)
-    return text[0].upper() + text[1:]
+            words[i] = chooser.choice(noise) + chooser.choice(["", "", "", ","])
+    return "".join(words)
 
 
 def draw_task(names, phrasings, noise, chooser):
@@ -539,19 +539,16 @@ def encode_fitting(conversations, tokenizer, context):
 
 
 def with_text(examples, text, T, seed):
-    """Return examples with a piece of chapter 4's text, learnt whole, after each 20 of them.
-
-    Pieces are longer than answers, so they make a good third of what counts in the loss. Evenly
-    spread, they make that of each step: one with many of them would teach little else.
-    """
-    chooser = random.Random(seed)
+    """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them: so
+    that less of it is forgotten. Being long, it is a good third of what counts in the loss."""
+    if len(text) <= T:
+        return examples
+    order = chapter2.sequence_order((len(text) - 1) // T, seed, epoch=0)
     mixed = []
-    for i, example in enumerate(examples):
-        if i % 20 == 0 and len(text) > T:
-            start = chooser.randrange(len(text) - T)
-            piece = text[start:start + T + 1].tolist()
-            mixed.append((piece, [True] * len(piece)))
-        mixed.append(example)
+    for i in range(0, len(examples), 20):
+        start = T * order[i // 20 % len(order)]
+        ids = text[start:start + T + 1].tolist()
+        mixed += [(ids, [True] * len(ids)), *examples[i:i + 20]]
     return mixed
 
 
@@ -566,8 +563,11 @@ def split_off(conversations):
     return shuffled[cut:], shuffled[:cut]
 
 
-def make_conversations(config, tokenizer):
-    """Return (conversations to learn from, {what is new: held-out tasks})."""
+def find_conversations(config, tokenizer):
+    """Return (conversations to learn from, {what is new: held-out tasks}): your own have none."""
+    if config.conversations:
+        downloads = Path(config.out) / "downloads"
+        return chapter2.open_conversations(config.conversations, downloads), {}
     names, new_names, noise = split_names(tokenizer)
     to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
     tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
@@ -576,7 +576,8 @@ def make_conversations(config, tokenizer):
 
 def main(config):
     """Tune, save, and run the answers to held-out tasks."""
-    out, folder = Path(config.out), Path(config.out) / "chat"
+    out = Path(config.out)
+    folder = out / "chat"
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
 
@@ -584,15 +585,11 @@ def main(config):
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
-    end = tokenizer.special_tokens[CHAT_END]
+    end = tokenizer.special_tokens[chapter1.CHAT_END]
     ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
 
     # 2. Conversations to learn from; a few more of the same sorts tell how well it does.
-    tasks = {}
-    if config.conversations:
-        conversations = chapter2.open_conversations(config.conversations, out / "downloads")
-    else:
-        conversations, tasks = make_conversations(config, tokenizer)
+    conversations, tasks = find_conversations(config, tokenizer)
     to_learn, val = split_off(conversations)
     examples = encode_fitting(to_learn, tokenizer, model.config.context)
     if config.show_mask:
@@ -601,14 +598,15 @@ def main(config):
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
     val = pack(encode_fitting(val, tokenizer, T), T, end)      # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
-    examples = with_text(examples, text, T, config.seed)       # so that less of it is forgotten
+    examples = with_text(examples, text, T, config.seed)
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # as is usual for adapters
         add_lora(model, config.lora_rank)
-        for table in filter(None, [model.embed_tokens, model.lm_head]):
-            table.requires_grad_(bool(added))                  # new tokens have to be learnt
+        if added:                                              # new tokens have to be learnt
+            model.embed_tokens.requires_grad_()
+            (model.lm_head or model.embed_tokens).requires_grad_()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{len(examples):,} examples in sequences of {T}; {trained:,} parameters are trained")
     batch = batches_of(examples, max(1, config.batch_tokens // T), T, end)
@@ -628,7 +626,7 @@ def main(config):
     # 4. What the best model can do now, and what it has forgotten.
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
-        if config.tasks > 0 and tasks:
+        if tasks and config.tasks:
             show_results(tuned, tokenizer, tasks, ends)
         text = chapter2.matching_tokens(out / "data", "val", tokenizer)
         if len(text) > tuned.config.context:
@@ -642,23 +640,31 @@ def split_names(tokenizer):
     """Return (names to learn with, names held out, words for noise) of Python's train modules.
 
     Names are copied token by token, and a token that never was is hard to copy. So made-up names
-    are learnt with, too: each token of letters begins one of them, and ends one.
+    are learnt with, too, which each token of letters begins and ends; and a name is held out only
+    if those to learn with have its tokens.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(re.findall(r"\b[A-Za-z]{2,10}\b", text))
     used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
-    common = [word for word in sorted(counts) if counts[word] > 20 and word not in used]
-    words = [word for word in common if re.fullmatch("[a-z]{3,}", word)]
-    new = [word for word in words if is_held_out(word)]
-    tokens = [token.decode() for token in tokenizer.tokens if re.fullmatch(b" ?[a-z]+", token)]
-    beginnings = [token.strip() for token in tokens]
-    ends = random.Random(0).sample(beginnings, len(beginnings))
-    made_up = map("".join, zip(beginnings, ends))
+    words = [word for word in sorted(counts)
+             if counts[word] > 20 and word not in used and re.fullmatch("[a-z]{3,}", word)]
+    new = list(filter(is_held_out, words))
+    pieces = [token.decode().strip() for token in tokenizer.tokens
+              if re.fullmatch(b" ?[a-z]+", token)]
+    ends = random.Random(0).sample(pieces, len(pieces))
+    made_up = map("".join, zip(pieces, ends))
+    to_learn = sorted({*words, *made_up} - {*new} - used)
     not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
-    return sorted({*words, *made_up} - {*new} - used), new, noise
+
+    def tokens_of(name):
+        """A token may hold what is before a name, too: " ", "(" or "_"."""
+        return set(tokenizer.encode(f" {name}({name}_{name}"))
+
+    known = set().union(*map(tokens_of, to_learn))
+    return to_learn, [name for name in new if tokens_of(name) <= known], noise
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------
@@ -671,9 +677,9 @@ def draw_arguments(task, count=200):
     letters = string.ascii_lowercase + "aeiouAB    "
     for _, value in task.constants:
         if value.isdigit():
-            near = int(value)
-            pools += [[near - 1, near, near + 1, 2 * near]] * 2
-            sizes += [min(near, 30), min(near + 1, 30)]
+            near = range(int(value) - 1, int(value) + 2)
+            pools += [near, near]
+            sizes += map(abs, near)
         else:
             letters += value[1] * 5                            # of "'a'"
     draws = []

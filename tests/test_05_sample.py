@@ -218,21 +218,6 @@ def test_attention_maps_are_what_the_model_uses(model):
     assert torch.equal(before, model(ids)) and not any(part.self_attn._forward_pre_hooks for part in model.layers)
 
 
-def test_score_is_the_loss_by_hand(model, tokenizer, capsys):
-    text, expected = "def sub(a, b): # zażółć 🙂\n    return a - b\n" * 2, []
-    ids = tokenizer.encode(text)
-    for at in range(1, len(ids)):                              # each token by a reading of its own
-        logits = model(torch.tensor([ids[(at - 1) // 16 * 16:at]]))[0, -1]
-        expected.append(-logits.log_softmax(-1)[ids[at]].item() / math.log(2))
-    assert len(ids) > 40
-    chapter5.score(model, tokenizer, ids)
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.endswith(repr(tokenizer.decode([i]))) for line, i in zip(lines, ids[1:])] == [True] * len(expected)
-    assert np.allclose([float(line.split()[0]) for line in lines], expected, atol=0.06)
-    assert np.allclose([line.split("'")[0].count("#") for line in lines], expected, atol=0.6)
-    assert abs(float(last.split()[0]) - sum(expected) / len(text.encode()[len(tokenizer.bytes_of[ids[0]]):])) < 2e-3
-
-
 def test_memorisation_by_its_definition():
     runs = lambda ids: {tuple(ids[i:j]) for i in range(len(ids)) for j in range(i + 1, len(ids) + 1)}
     chooser = random.Random(0)
@@ -386,12 +371,11 @@ def test_first_token_of_other_makers(run, folders, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--chat --prompt x", "nothing together: chat, prompt"), ("--score x --heatmap y", "nothing together: heatmap, score"),
+    ("--chat --prompt x", "nothing together: chat, prompt"), ("--samples 2 --heatmap y", "nothing together: heatmap, samples"),
     ("--chat --samples 2", "nothing together: chat, samples"), ("--model {tmp}/nowhere", "cannot read {tmp}/nowhere/config.json"),
     ("--model {tmp}/wrong", "tokens, the model 270"), ("--model {tmp}/damaged", "generation_config.json"),
     ("--chat --model {out}/base", "06_finetune.py"), ("--device nonsense", "--device nonsense"),
-    ("--score {tmp}/none.txt", "none.txt"), ("--score {tmp}/empty.txt", "empty"), ("--prompt=", "empty"),
-    ("--heatmap {tmp}/", "{tmp}"), ("--score {tmp}/latin.txt", "utf-8"),
+    ("--prompt=", "empty"), ("--heatmap {tmp}/", "{tmp}"),
     ("--model {tmp}/latin", "generation_config.json"),
 ])
 def test_bad_input_is_one_line(run, folders, tmp_path, tokenizer, flags, words):

@@ -118,7 +118,7 @@ def show_kinds(tasks, verdicts):
     found = defaultdict(list)
     for task, verdict in zip(tasks, verdicts):
         kinds = {entry.code: entry.kind.strip("*") for entry in chapter6.ENTRIES}
-        is_nested = len(task.parts) == 2
+        is_nested = any(line.startswith("part = ") for line in task.lines)
         found["nested" if is_nested else kinds[task.parts[0]]].append(verdict)
         if is_nested:
             found[f"  {task.parts[0]}"].append(verdict)
