@@ -107,8 +107,8 @@ def learn_merges_naive(chunks, how_many):
 #     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
 #     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
 #     after (l, o)    GAP   lo   lo    w    e  GAP          (lo, w) once more
-#     after (lo, w)   GAP  low  GAP  low    e  GAP          in the middle no token begins
-GAP = -1  # no token begins here
+#     after (lo, w)   GAP  low  GAP  low    e  GAP          inside a token: GAP
+GAP = -1  # between chunks, and inside a long token
 
 
 def learn_merges(chunks, how_many):
@@ -117,7 +117,7 @@ def learn_merges(chunks, how_many):
     ids = [GAP]
     times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
-    changes = Counter()                          # {pair: what step 2 adds to counts; at first, all}
+    changes = Counter()                          # {pair: what counts still lacks}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
     queue = []                                   # a heap of (-count, pair): the commonest on top
@@ -133,7 +133,7 @@ def learn_merges(chunks, how_many):
         # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
-            if counts[pair] > 0 and GAP not in pair:       # those with a gap are never merged
+            if counts[pair] > 0 and GAP not in pair:       # no pair with a gap is merged
                 heapq.heappush(queue, (-counts[pair], pair))
         changes.clear()
         if not queue:
@@ -141,7 +141,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # none is left: below, it may fall under 0
+        del counts[best]                         # all get merged ("aaa" takes off one too many)
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -152,8 +152,8 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # where the two met
-            ids[i] = ids[end - 1] = new          # last: of two bytes, these are the same places
+            ids[middle - 1] = ids[middle] = GAP  # the inside of the new token
+            ids[i] = ids[end - 1] = new          # written last: one of two bytes has no inside
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
             changes[right, after] -= n
@@ -168,7 +168,7 @@ def learn_merges(chunks, how_many):
 class Tokenizer:
     """Text to ids and back. `data` is what a tokenizer.json holds: ours and GPT-2's open alike.
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
-    {text: id}; end: the one of them after a document; first: an id before each text, or None."""
+    {text: id}; end: the text of the one after a document; first: the id of the one before it."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -178,7 +178,7 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # Each maker calls these two otherwise; of several names that fit, the first is meant.
+        # Each maker has other names for these two; the first name that fits is taken.
         starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.first = self.special_tokens.get(next(starts, None))
@@ -284,7 +284,7 @@ def show_tokenizer(tokenizer, sample):
     print(f"{len(sample.encode()) / len(ids):.2f} bytes per token on text it has learnt from")
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- The script: each field is a flag, its comment the help --------------------------------------
 @dataclass
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
@@ -304,7 +304,7 @@ def main(config):
                           f"or --vocab-size {config.vocab_size} is not over 259")
     show_tokenizer(tokenizer, "".join(first)[:1_000_000])
     tokenizer.save(folder)
-    write_json(folder / "source.json", config.source)
+    write_json(folder / "source.json", config.source)       # for chapter 2
     print(f"saved {folder}; next: {command('02_data.py', config)}")
 
 

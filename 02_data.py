@@ -58,7 +58,8 @@ SHORTEST = 20  # characters; a shorter document teaches little
 def clean(documents, changed, dropped):
     """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
     Why drop duplicates? A text that is read often is learnt by heart, at the cost of the others.
-    And if it is in train and in test as well, the test is an exam whose questions were known."""
+    And if it is in train and in test as well (texts that differed before cleaning, in line ends,
+    say), the test is an exam whose questions were known."""
     seen = set()  # hashes, as all the texts would fill the memory
     for split, text in documents:
         for rule, mend in RULES.items():
@@ -108,10 +109,10 @@ def write_tokens(documents, tokenizer, folder):
 def open_tokens(folder, split):
     """Return (token ids as a memory-mapped array, meta.json): nothing is read until it is used."""
     meta = chapter1.read_json(folder / "meta.json", "02_data.py")
-    count = meta["splits"][split]["tokens"]
-    if not count:
+    length = meta["splits"][split]["tokens"]
+    if not length:
         return np.zeros(0, meta["dtype"]), meta                # no empty file can be mapped
-    return np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=count), meta
+    return np.memmap(folder / f"{split}.bin", meta["dtype"], "r", shape=length), meta
 
 
 @lru_cache(maxsize=4)                                          # else each step would shuffle anew
@@ -126,14 +127,14 @@ def get_batch(tokens, step, B, T, seed=0):
 
     A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
     be saved when training stops or restored when it goes on, and any step can be looked at again.
-    The split is cut into `count` sequences of T tokens, and an epoch reads each once. A step reads
-    B of them: with B = 4, step 2 reads n = 8 to 11. If count is 5, n = 8 is place 3 in the order of
-    epoch 1. Raises CourseError if there is not even one.
+    The split is cut into `count` sequences of T tokens, and an epoch reads each once. Of all that
+    are read, numbered by n, a step reads B: with B = 4, step 2 those of n = 8 to 11. If count is 5,
+    n = 8 is place 3 in the order of epoch 1. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
     """
-    count = (len(tokens) - 1) // T                             # sequences in the split
+    count = (len(tokens) - 1) // T                             # the last token is only a target
     if count < 1:
         raise CourseError(f"the split has {len(tokens):,} tokens, too few for a context of "
                           f"{T:,} (+ 1): use more text or a smaller --context")
@@ -148,7 +149,7 @@ def get_batch(tokens, step, B, T, seed=0):
 
 # ---- Looking at it -------------------------------------------------------------------------------
 def show_batch(tokens, tokenizer):
-    """Print the first batch: inputs above targets."""
+    """Print a small batch: inputs above targets."""
     x, y = get_batch(tokens, step=0, B=2, T=min(16, len(tokens) - 1))
     for sequence in zip(x, y):
         for name, ids in zip(("input  x", "target y"), sequence):
@@ -161,7 +162,7 @@ def draw_statistics(tokens, tokenizer, path):
     the commonest word occurs twice as often as the second, three times as often as the third: a
     straight line on logarithmic axes. So a few tokens are seen all the time and learnt first; most
     are rare, and for them a model needs all the text there is."""
-    tokens = tokens[:20_000_000]
+    tokens = tokens[:20_000_000]                               # enough for a picture
     end = tokenizer.special_tokens[tokenizer.end]
     lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
     _, counts = np.unique(tokens, return_counts=True)

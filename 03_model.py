@@ -2,7 +2,7 @@
 
 Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
 between stand equal blocks: attention lets a position gather what it needs from those before it, and
-the MLP, a small network, works on it. Both only add to a running sum, the residual stream x:
+the MLP, two or three matrices, works on it. Both only add to a running sum, the residual stream x:
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
                                          |                       ^  |                 ^
@@ -36,8 +36,8 @@ CourseError = chapter1.CourseError
 
 # Legend
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T and any read before
-#   H  heads     K  heads with keys of their own     D  numbers of one head     L  blocks
-#   C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
+#   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
+#   L  blocks     C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
 #   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes,
 #           dim=-1 is along the last axis (the README has torch in half a page)
 # Folders that transformers opens (model.save, GPT.load) are tools: they stand at the file's end.
@@ -50,12 +50,12 @@ CourseError = chapter1.CourseError
 #     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); products: 0, 4, 2
 #     over sqrt(2): 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
 # So "sat" takes .77 of the value of "cat" and little of the others. Heads do so side by side, each
-# with queries, keys and values of its own: one may look for who does it, another for where.
+# with queries of its own: one may look for who does it, another for where.
 # Why sqrt(D)? A sum of D random products grows like sqrt(D). With large scores, softmax gives all
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
     """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
-    q = q / math.sqrt(q.shape[-1])
+    q = q / math.sqrt(q.shape[-1])               # here, as q is smaller than the scores
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
@@ -79,10 +79,10 @@ def who_sees(T, S, documents=None, device=None):
     return visible
 
 
-# ---- Attention, for real: the same, with less work and memory (skip it at first) -----------------
+# ---- Attention, for real: the same, with less work and memory ------------------------------------
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, with the keys up to the last
-    of them: scores of later ones, half of all (T, S), would be thrown away anyway."""
+    of them: half of all scores are of later ones. (For long texts; skip it at first.)"""
     parts = []
     end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
@@ -147,7 +147,7 @@ class RMSNorm(nn.RMSNorm):
     then multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in float32 even if x has 16 bits; torch's own warns then
+        # x / sqrt(mean(x^2) + eps), in float32. Torch's own, which makes weight, warns at 16 bits.
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -200,7 +200,7 @@ class GPTConfig:
             self.hidden = math.ceil(8 * self.width / 3 / 64) * 64 if has_gate else 4 * self.width
 
 
-# ---- The model: its parts bear the names that Llama's have in transformers -----------------------
+# ---- The model, with Llama's names of parts: a `layernorm` may be an RMSNorm ---------------------
 class Attention(nn.Module):
     """Project x to queries, keys and values, let the heads attend, project back."""
 
@@ -220,11 +220,11 @@ class Attention(nn.Module):
 
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        heads = (-1, self.config.head_width)
+        split = (-1, self.config.head_width)                       # -1: as many as there are
         # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
-        q = self.q_proj(x).unflatten(-1, heads).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, K, T, D)
-        v = self.v_proj(x).unflatten(-1, heads).transpose(1, 2)    # (B, K, T, D)
+        q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
+        v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.config.positions == "rope":
@@ -242,7 +242,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
-    a gate, a third matrix makes numbers that are bent instead, and these multiply the others."""
+    a gate, a third matrix's numbers are bent, and multiply those of the first."""
 
     def __init__(self, config):
         super().__init__()
@@ -282,7 +282,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if min(config.vocab_size, config.context, config.layers) < 1:          # V: 0 till chapter 4
+        if min(config.vocab_size, config.context, config.layers) < 1:
             raise CourseError("--vocab-size, --context, --layers: at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, False)
-        # Small random numbers to begin with, so that all tokens are about equally likely.
+        # Small random numbers to begin with: the loss is near that of a guess.
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 std = 0.02
@@ -330,7 +330,7 @@ class GPT(nn.Module):
         # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
         # it is read, and what x must look like for it to come next. It saves V x C weights.
         table = (self.lm_head or self.embed_tokens).weight         # (V, C)
-        return F.linear(self.norm(x), table)                       # (B, T, C) -> (B, T, V)
+        return F.linear(self.norm(x), table)                       # x @ table.T: -> (B, T, V)
 
 
 # ---- Looking at it -------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def show_parts(config):
 def show_causality(config):
     """Print how much a random model's logits change where later tokens do: not at all."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
-    half = max(1, min(64, config.context // 2))
+    half = min(64, config.context // 2)
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half

@@ -11,7 +11,6 @@ weight how the loss would change with it (the gradient), and move the weight a l
 Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on all of val and test: look once
-        torchrun --nproc-per-node=8 04_train.py --preset modern-124m
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
 Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
         Jordan et al. 2024 (Muon)
@@ -48,7 +47,7 @@ IGNORED = -100  # a target (a next token in y) from which nothing is to be learn
 
 # ---- Training, by its definition -----------------------------------------------------------------
 def lr_scale(step, config):
-    """Return what the learning rates are multiplied by: a linear rise, then a linear fall to zero.
+    """Return what the learning rates are multiplied by: a short rise, times a linear fall to zero.
     Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
     to average. Why fall? Large steps cover ground but jump about; small ones reach the bottom."""
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
@@ -74,7 +73,7 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-COLUMNS = ["loss"]  # names of the sums below, in the log. A second term is one more of both.
+COLUMNS = ["loss"]  # for a second term, add a name here and a sum to the stack below
 
 
 def loss_sums(logits, y):
@@ -93,7 +92,8 @@ def loss_sums(logits, y):
 #           U s V^T) and turns it again. In gradients, a few directions drown all others: Muon takes
 #           their average (momentum), made equally strong in all, so that rare ones are learnt too.
 def orthogonalise(matrices):
-    """Return matrices (N, rows, columns) with all singular values near 1, their directions kept.
+    """Return matrices (N, rows, columns) with all singular values near 1, their directions kept:
+    u @ vh of u, s, vh = torch.linalg.svd(X), but by products alone, as that is faster.
     Newton-Schulz: where X = U s V^T, X X^T X is U s^3 V^T, so a X + b (X X^T) X + c (X X^T)^2 X has
     the singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between
     0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
@@ -123,7 +123,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
-            state = self.state[group["params"][0]]                 # kept under the first of them
+            state = self.state[group["params"][0]]                 # torch keeps it by parameter
             average = state.setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 0.05)                          # 0.95 old + 0.05 new
             update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
@@ -198,8 +198,8 @@ def make_optimizers(model, config):
 
 
 def train(model, batch, config, machine, folder, measure, keep):
-    """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps
-    documents (chapter 6), each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
+    """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
+    documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
     stores the best so far."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
@@ -207,7 +207,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     parts = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(parts, folder, config) if config.resume else []
-        sums = compile_parts(model, batch(0), config, machine)     # loss_sums, faster
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # of loss_sums
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -219,13 +219,13 @@ def train(model, batch, config, machine, folder, measure, keep):
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. Gradients of micro-batches add up to the step's if each loss is a sum over targets,
-            #    divided by those of the step: a mean of means would give few the weight of many.
+            #    divided by those of the step; by its own, a target among few would count for more.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = sums(model(x, *documents), y) / count  # (B, T) -> (B, T, V) -> sums
+                    terms = compiled_sums(model(x, *documents), y) / count     # (B, T, V) -> sums
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
@@ -239,8 +239,8 @@ def train(model, batch, config, machine, folder, measure, keep):
             #    batch makes it long, and would drown the optimizers' averages for many steps.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *losses, norm = torch.cat((losses, norm[None])).tolist()           # GPU to CPU, once
+            length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+            *values, length = torch.cat((losses, length[None])).tolist()       # GPU to CPU, once
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -252,13 +252,13 @@ def train(model, batch, config, machine, folder, measure, keep):
             tokens = whole[0].numel()
             seconds = time.time() - start
             log.append({"step": step + 1, "tokens": tokens * (step + 1), "seconds": seconds,
-                        **dict(zip(COLUMNS, losses)), "grad_norm": norm, "lr_scale": scale,
+                        **dict(zip(COLUMNS, values)), "grad_norm": length, "lr_scale": scale,
                         "tokens_per_second": tokens / seconds})
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(norm):            # above 1: skipped
-                raise CourseError(f"the loss or its gradient is {norm}: lower --lr and --matrix-lr")
+            if scaler.get_scale() <= 1 and not math.isfinite(length):          # above 1, it skips
+                raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
                 if machine.rank == 0:
@@ -291,7 +291,7 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
-    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1): all
+    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1), T apart
     every = math.ceil(T * len(ids) / (limit or len(tokens)))
     x_and_y = torch.stack((ids[::every, :-1], ids[::every, 1:]), dim=1)        # (N, 2, T): some
     return surprise(model, machine, x_and_y, sizes)
@@ -318,7 +318,7 @@ class Config(TrainingConfig, chapter3.GPTConfig):
 
 
 def defaults_for(given):
-    """Return the values of flags not given: of the run to resume, of --init, or of a preset."""
+    """Return values for flags that are not given: a resumed run's, --init's, or a preset's."""
     base = Path(given.get("out", "out")) / "base"
     fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
     if given.get("resume") and not given.get("test"):
@@ -431,7 +431,7 @@ def choose_device(name):
 
 
 def choose_machine(config):
-    """Return the Machine: what the flags ask for, else what is best here. Raises CourseError."""
+    """Return the Machine: what the flags ask for, else what is best here; fp16 wants AdamW."""
     device = choose_device(config.device)
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()         # not in every torch
     precision = "bf16" if has_bf16 else "fp32"
@@ -454,7 +454,7 @@ def choose_machine(config):
 
 
 def compile_parts(model, whole, config, machine):
-    """Compile a model's blocks, if that works (alike, so one serves all); return loss_sums, too."""
+    """Compile a model's blocks (they are alike: one code serves all) and return loss_sums, too."""
     if not machine.compile:
         return loss_sums
     print("compiling: up to half a minute")

@@ -43,7 +43,7 @@ CourseError = chapter1.CourseError
 
 # ---- From scores to one token --------------------------------------------------------------------
 # softmax(scores)    .50 .30 .15 .05      of four tokens: e^score over the sum of all e^score
-# temperature 0.5    .68 .25 .06 .01      the scores over 0.5: so all to the power of 1 / 0.5
+# temperature 0.5    .68 .25 .06 .01      scores / 0.5: the same as squares, scaled to sum to 1
 # temperature 2      .38 .29 .21 .12
 # top-k 3            .53 .32 .16   0      the three likeliest
 # top-p 0.7          .62 .38   0   0      the likeliest, till they have more than 0.7 together
@@ -56,13 +56,13 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Leave the likeliest tokens: the fewest that together have a probability of more than p."""
     chances, order = logits.softmax(-1).sort(descending=True)
-    before = chances.cumsum(-1) - chances                      # (V): 0 .50 .80 .95
-    return logits.index_fill(0, order[before > p], -math.inf)
+    likelier = chances.cumsum(-1) - chances                    # (V), of all before: 0 .50 .80 .95
+    return logits.index_fill(0, order[likelier > p], -math.inf)
 
 
 def next_token(logits, config, generator=None):
-    """Draw an id (multinomial: one index, by these probabilities): a pure function of scores (V),
-    settings and the generator's state."""
+    """Draw an id (multinomial: one index, by these probabilities), which depends on scores (V),
+    settings and the generator's state alone."""
     if config.temperature == 0:
         return int(logits.argmax())
     logits = logits / config.temperature
@@ -86,9 +86,7 @@ def generate_naive(model, ids, config):
     context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
-        # The model sees `context` tokens at most, so the oldest drop out: half a context at once,
-        # as the cache below must then be read anew, and this keeps that rare.
-        if len(seen) > context:
+        if len(seen) > context:                                # more do not fit: keep the new half
             seen = seen[-context // 2:]
         logits = model(as_tensor(model, [seen]))[0, -1]                         # (V)
         seen.append(next_token(logits.cpu(), config, generator))
@@ -104,8 +102,8 @@ class KVCache:
 
     def __init__(self, size):
         self.size = size                                       # of positions at most
-        self.keys_values = {}                                  # {its Attention: (2, B, K, size, D)}
-        self.length = 0                                        # set by the model when it has read
+        self.keys_values = {}                                  # {a layer's Attention: both, in one}
+        self.length = 0                                        # moved on by GPT.forward, at its end
 
     def append(self, layer, k, v):
         """Add k and v (B, K, T, D) of one layer; return all of them, (B, K, S, D) each."""
@@ -114,7 +112,7 @@ class KVCache:
             B, K, _, D = k.shape
             self.keys_values[layer] = k.new_empty(2, B, K, self.size, D)
         kept = self.keys_values[layer][..., :self.length + k.shape[2], :]      # (2, B, K, S, D)
-        kept[..., self.length:, :] = torch.stack((k, v))
+        kept[..., self.length:, :] = torch.stack((k, v))       # kept is a view: this fills the room
         return kept                                            # its first axis: k, v = kept
 
 
@@ -122,45 +120,30 @@ class KVCache:
 def generate(model, prompts, config, vocab_size=None):
     """Yield (new ids, one for each prompt; their logits (B, V)), up to max_tokens times.
 
-    prompts: lists of ids of equal length. Stream i draws by seed + i, on the CPU: the same random
-    numbers on any device, and whatever else is written. Ids from vocab_size on only pad the model's
-    table: none is drawn. The caller knows which streams have ended, and when to stop asking."""
+    prompts: lists of ids of equal length, many in chapter 6. Stream i draws by seed + i, on the
+    CPU: the same random numbers on any device, and whatever else is written. Ids from vocab_size on
+    only pad the model's table: none is drawn."""
     generators = [torch.Generator().manual_seed(config.seed + i) for i in range(len(prompts))]
-    seen = as_tensor(model, prompts)                            # (B, T)
+    seen = as_tensor(model, prompts)                            # (B, S)
     context = model.config.context
     cache = KVCache(min(context, seen.shape[1] + config.max_tokens))
     for _ in range(config.max_tokens):
-        if seen.shape[1] > context:                            # the oldest drop out, as above
+        if seen.shape[1] > context:
+            # Kept keys know of dropped tokens and old positions: all is read anew. Of half a
+            # context at once, so that it is rare.
             seen = seen[:, -context // 2:]
             cache = KVCache(context)
-        unread = seen[:, cache.length:]                        # after the first time, (B, 1)
-        logits = model(unread, cache=cache, last_only=True)[:, 0, :vocab_size].cpu()       # (B, V)
+        unread = seen[:, cache.length:]                        # (B, T), most often (B, 1)
+        logits = model(unread, cache=cache, last_only=True)    # (B, 1, V)
+        logits = logits[:, 0, :vocab_size].cpu()               # (B, V)
         new = [next_token(scores, config, own) for scores, own in zip(logits, generators)]
-        seen = torch.cat((seen, as_tensor(model, new)[:, None]), dim=1)        # (B, T + 1)
+        seen = torch.cat((seen, as_tensor(model, new)[:, None]), dim=1)        # (B, S + 1)
         yield new, logits
-
-
-def generate_all(model, prompts, config, ends, vocab_size=None):
-    """Return the new ids of each of the prompts, which may differ in length: each stops after one
-    of `ends`, which it keeps, or max_tokens. Those of equal length are written together."""
-    written = [[] for _ in prompts]
-    for length in set(map(len, prompts)):
-        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        unfinished = set(group)
-        for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
-            for i, token in zip(group, new):
-                if i in unfinished:
-                    written[i].append(token)
-                if token in ends:
-                    unfinished.discard(i)
-            if not unfinished:
-                break
-    return written
 
 
 # ---- Looking at it: what the model thinks --------------------------------------------------------
 def explain(logits, chosen, tokenizer):
-    """Return a line: the token, the entropy in bits, the five likeliest, before any filter. Entropy
+    """Return a line: the token, the entropy in bits, the five likeliest, at temperature 1. Entropy
     is the surprise to expect: 0 if the model is sure, 1 for a coin, 12 for 4,096 at random."""
     p = logits.softmax(-1)                                     # (V)
     entropy = torch.special.entr(p).sum() / math.log(2)        # entr is -p ln p; where p is 0, 0
@@ -177,9 +160,9 @@ def attention_maps(model, ids):
 
     def record(layer, inputs):
         """Called before each attention layer with what it is about to read."""
-        x, angles, visible, _ = inputs
+        x, angles, visible, _cache = inputs
         q, k, _ = layer.project(x, angles)
-        # With the rows of the identity as values, their weighted mean is the weights themselves.
+        # Attention gives weights @ values; with the identity as values, that is the weights.
         unit = torch.eye(len(ids), device=x.device).repeat(1, k.shape[1], 1, 1)    # (1, K, T, T)
         weights = chapter3.attention(q, k, unit, visible, model.config.attention)
         maps.append(weights[0])                                    # (H, T, T)
@@ -192,7 +175,7 @@ def attention_maps(model, ids):
 
 
 def draw_heatmap(model, tokenizer, ids, path):
-    """Draw who looks at whom among the tokens of a prompt: a row per layer, a column per head."""
+    """Draw who looks at whom among the tokens of a prompt: a row a layer, a column a head."""
     ids = ids[:64]                                             # more labels would be too small
     maps = attention_maps(model, ids)[:, :4].numpy(force=True)                 # (L, H, T, T)
     L, H, T, _ = maps.shape                                    # H: four heads at most
@@ -214,7 +197,7 @@ def draw_heatmap(model, tokenizer, ids, path):
 
 def memorisation(ids, tokens):
     """Return the length of the longest run of ids that stands in tokens too: how much the model
-    knows by heart is a question of privacy, and of licences.
+    knows by heart, at most, is a question of privacy, and of licences.
 
     >>> memorisation([5, 1, 2, 3, 9], torch.tensor([0, 1, 2, 3, 4]))
     3
@@ -224,7 +207,7 @@ def memorisation(ids, tokens):
     text = "".join(map(chr, ids))
     longest = 0
     for last in range(len(text)):
-        # A longer run that ends here is longer by one: less its last id, it was found a step ago.
+        # The longest can grow by one at each position, so only that length is looked for.
         if text[last - longest:last + 1] in data:
             longest += 1
     return longest
@@ -250,7 +233,8 @@ def write(model, tokenizer, ids, config, ends):
 
 
 def encode_chat(tokenizer, messages):
-    """Return (ids, learnt) of a chat in ChatML; learnt marks the assistant's words and their end.
+    """Return (ids, learnt) of a chat in ChatML; learnt is True for the assistant's words and
+    their end: only these does chapter 6 train on.
 
         <|im_start|>user
         Say hello.<|im_end|>
@@ -297,7 +281,7 @@ def chat(model, tokenizer, config, ends):
         while asked and len(ids := render_chat(tokenizer, asked)) > room:
             asked = asked[2:]                                  # the oldest question and its answer
         if not asked:
-            print(f"(too long: a question may have {room} tokens)")
+            print(f"(too long: with its marks, a question may have {room} tokens)")
             continue
         written = write(model, tokenizer, ids, config, ends)
         messages = asked + [{"role": "assistant", "content": tokenizer.decode(written)}]
@@ -330,7 +314,7 @@ def defaults_for(given):
         found = sorted(given.keys() & group.split())
         if len(found) > 1:
             raise CourseError(f"these flags do nothing together: {', '.join(found)}")
-    return {"temperature": CHAT_TEMPERATURE} if "chat" in given else {}
+    return {"temperature": CHAT_TEMPERATURE} if given.get("chat") else {}
 
 
 def main(config):
@@ -358,7 +342,7 @@ def main(config):
             print(f"[copied from the training data: {longest} tokens at a stretch]")
 
 
-# ---- Tools: opening a folder, and adding the marks of a chat -------------------------------------
+# ---- Tools: opening a folder; many prompts, and the marks of a chat, for chapter 6 ---------------
 def open_model(folder, device, context=0):
     """Return (model, tokenizer, ids that end a text) of a folder. Raises CourseError."""
     model = chapter3.GPT.load(folder, context).eval().to(device)
@@ -376,6 +360,24 @@ def open_model(folder, device, context=0):
     if not isinstance(ends, list):
         ends = [ends]
     return model, tokenizer, set(ends) - {None}
+
+
+def generate_all(model, prompts, config, ends, vocab_size=None):
+    """Return the new ids of each of the prompts, which may differ in length: each stops after one
+    of `ends`, which it keeps, or max_tokens. Those of equal length are written together."""
+    written = [[] for _ in prompts]
+    for length in set(map(len, prompts)):
+        group = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        unfinished = set(group)
+        for new, _ in generate(model, [prompts[i] for i in group], config, vocab_size):
+            for i, token in zip(group, new):
+                if i in unfinished:
+                    written[i].append(token)
+                if token in ends:
+                    unfinished.discard(i)
+            if not unfinished:
+                break
+    return written
 
 
 # What encode_chat writes, as a Jinja template, for transformers.
@@ -398,7 +400,7 @@ def with_chat_tokens(model, tokenizer):
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
-        new[:len(old)] = old                                   # `new` shares the model's memory
+        new[:len(old)] = old                                   # `new` shares grown's memory
     print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
     return grown, tokenizer, missing
 

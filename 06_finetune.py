@@ -55,7 +55,7 @@ IGNORED = chapter4.IGNORED
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-#   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar, slots)
+#   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar: slots)
 # `split_names` (which names are held out) and `run_answer` are tools, at the file's end.
 
 
@@ -74,8 +74,8 @@ def columns_of(ids, learnt, document=0):
 
 
 def fill_up(sequences, T, filler):
-    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. The
-    plain way is one conversation in each: then most of it is filler, computed for nothing."""
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. By
+    definition, with one conversation in each: then most is filler, computed for nothing."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
@@ -128,7 +128,7 @@ def lora_formula(x, weight, a, b):
 
 
 class LoRA(nn.Module):
-    """The same for real, as a parametrization: when a layer asks for its weight, torch calls this.
+    """The same for real, as a parametrization: from now on, `layer.weight` is what forward returns.
     (Libraries scale B A by alpha / r; here that is 1.)"""
 
     def __init__(self, weight, rank):
@@ -155,17 +155,17 @@ def merge_lora(model):
     """Return a plain model in whose weights those of the adapters are added for good."""
     merged = chapter3.GPT(model.config)
     for name, weight in merged.state_dict().items():
-        layer, _, kind = name.rpartition(".")                  # "layers.0.mlp.up_proj", "weight"
-        weight.copy_(getattr(model.get_submodule(layer), kind))
+        layer, _, attribute = name.rpartition(".")             # "layers.0.mlp.up_proj", "weight"
+        weight.copy_(getattr(model.get_submodule(layer), attribute))
     return merged
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # Below, a line is a kind of task: what it returns, its code, its description. Add yours there, and
 # that is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
-# Lines with a star stand in no other line, as they could be misread: "the square of x plus 7".
-# Capitals are slots. N, M, L and T are parameters; X, Y, Z, W may be another line instead, P and Q
-# always are; C, K, S (a small one) and W are constants, or now and then parameters.
+# Capitals are slots. P and Q stand for another line; X, Y, Z and W may. What is left is a constant
+# (C always; K, S and W mostly), else a parameter. Lines with a star are not put in a slot, as they
+# could be misread, "the square of x plus 7" (no slot has such a kind); star yours if it has a P.
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
          "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
          "P": "property", "Q": "question"}
@@ -245,7 +245,6 @@ PHRASINGS = """
 {Return|Give back|Compute} ANSWER {in|with|by} {a|the} function HEADER.
 {My program|Our module} {needs|lacks} HEADER{, which|: it|. It} {returns|calculates} ANSWER.
 {Let|Make|Have} HEADER {return|give} ANSWER.
-HEADER {returns|gives|should return|must give|computes} ANSWER.
 {Task|To do|Exercise}: {|a function |write }HEADER{ that returns|, returning|:} ANSWER.
 {How|In what way} {do|can|would} {I|you|we} write HEADER to {give|get} ANSWER?
 """
@@ -305,8 +304,8 @@ def compose(entry, task, names, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        is_open = len(task.parts) == 1                         # two in one are enough
-        if is_open and chooser.random() < OTHER_LINES.get(slot, 0):
+        may_nest = len(task.parts) == 1                        # this entry alone, so far
+        if may_nest and chooser.random() < OTHER_LINES.get(slot, 0):
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, names, chooser)
             texts[slot] = text.removeprefix("whether ")
@@ -326,19 +325,20 @@ def compose(entry, task, names, chooser):
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it.
 
-    noise: words that take the place of some others, or of all, "Bytes a turbo add(a, b) with raise
-    the sum of a and b." So a model learns to look for the header and the description, wherever they
-    stand, and not to lean on the rest.
+    noise: words that take the place of some others: of "Write a function add(a, b) that returns
+    the sum of a and b" it makes "Bytes a turbo add(a, b) with raise the sum of a and b", say. So a
+    model learns to look for the header and the description, and not to lean on the rest.
     """
     share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
-    header = task.header.removeprefix("def ").removesuffix(":")
+    header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
     words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
     for i, word in enumerate(words):
         if word in fixed:
             words[i] = fixed[word]
         elif noise and word.isalpha() and chooser.random() < share:
-            words[i] = chooser.choice(noise) + chooser.choice(["", "", "", ","])
+            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
+            words[i] += chooser.choice(["", "", "", ","])
     return "".join(words)
 
 
@@ -370,23 +370,19 @@ def is_held_out(*what):
 
 def is_new_pair(parts):
     """Tell whether two entries in one are held out: an eighth of the pairs of each entry is."""
-    places = [place for place, entry in enumerate(ENTRIES) if entry.code in parts]
-    return len(parts) == 2 and sum(places) % 8 == 0            # a hash could leave an entry without
+    lines = [line for line, entry in enumerate(ENTRIES) if entry.code in parts]
+    return len(parts) == 2 and sum(lines) % 8 == 0             # by a hash, some might have none
 
 
-def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
-    """Return tasks in which nothing is held out, but what `new` says: constants or combinations."""
+def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
+    """Return tasks, drawn until nothing is held out but what is new: a "constant" or a "pair"."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
     tasks = []
     while len(tasks) < count:
         task = draw_task(names, lines, noise, chooser)
-        found = []
-        if any(is_held_out(*constant) for constant in task.constants):
-            found.append("constants")
-        if is_new_pair(task.parts):
-            found.append("combinations")
-        if found == list(new):
+        new_constant = any(is_held_out(*constant) for constant in task.constants)
+        if (new_constant, is_new_pair(task.parts)) == (new == "constant", new == "pair"):
             tasks.append(task)
     return tasks
 
@@ -394,8 +390,8 @@ def draw_tasks(names, count, seed, phrasings=PHRASINGS, new=(), noise=()):
 def held_out_tasks(names, new_names, count, seed):
     """Return {what is new in them: tasks}: one thing in each; all else training has. No noise."""
     return {"new names": draw_tasks(new_names, count, seed),
-            "new constants": draw_tasks(names, count, seed + 1, new=["constants"]),
-            "new combinations": draw_tasks(names, count, seed + 2, new=["combinations"]),
+            "new constants": draw_tasks(names, count, seed + 1, new="constant"),
+            "new combinations": draw_tasks(names, count, seed + 2, new="pair"),
             "new phrasings": draw_tasks(names, count, seed + 3, NEW_PHRASINGS)}
 
 
@@ -559,7 +555,7 @@ def split_off(conversations):
               "that of the ones it learns")
         return conversations, conversations
     shuffled = random.Random(0).sample(conversations, len(conversations))
-    cut = min(200, len(shuffled) // 20 + 1)
+    cut = min(200, len(shuffled) // 20)
     return shuffled[cut:], shuffled[:cut]
 
 
@@ -596,7 +592,7 @@ def main(config):
         return show_mask(tokenizer, *examples[0])
     longest = max(len(ids) for ids, _ in examples)
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
-    val = pack(encode_fitting(val, tokenizer, T), T, end)      # (N, 3, T)
+    val_batch = pack(encode_fitting(val, tokenizer, T), T, end)            # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
     examples = with_text(examples, text, T, config.seed)
 
@@ -604,7 +600,7 @@ def main(config):
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # as is usual for adapters
         add_lora(model, config.lora_rank)
-        if added:                                              # new tokens have to be learnt
+        if added:                                              # new rows are random: learn them
             model.embed_tokens.requires_grad_()
             (model.lm_head or model.embed_tokens).requires_grad_()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -613,7 +609,7 @@ def main(config):
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
 
     def measure(model):
-        return chapter4.surprise(model, machine, val, sizes)
+        return chapter4.surprise(model, machine, val_batch, sizes)
 
     def keep(model):
         if config.lora_rank:
@@ -637,11 +633,11 @@ def main(config):
 
 # ---- Tools: names --------------------------------------------------------------------------------
 def split_names(tokenizer):
-    """Return (names to learn with, names held out, words for noise) of Python's train modules.
+    """Return (names to learn with, names held out, words for noise), all of Python's train modules.
 
-    Names are copied token by token, and a token that never was is hard to copy. So made-up names
-    are learnt with, too, which each token of letters begins and ends; and a name is held out only
-    if those to learn with have its tokens.
+    Names are copied token by token, and a token that never was is hard to copy. So there are
+    made-up names to learn with: each token of letters begins one, and ends one. And a name is held
+    out only if those to learn with have its tokens.
     """
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
@@ -653,8 +649,8 @@ def split_names(tokenizer):
     new = list(filter(is_held_out, words))
     pieces = [token.decode().strip() for token in tokenizer.tokens
               if re.fullmatch(b" ?[a-z]+", token)]
-    ends = random.Random(0).sample(pieces, len(pieces))
-    made_up = map("".join, zip(pieces, ends))
+    endings = random.Random(0).sample(pieces, len(pieces))
+    made_up = map("".join, zip(pieces, endings))
     to_learn = sorted({*words, *made_up} - {*new} - used)
     not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
@@ -668,7 +664,7 @@ def split_names(tokenizer):
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------
-def draw_arguments(task, count=200):
+def draw_arguments(task):
     """Return lists of arguments for a task: of few different values, so that equal ones meet, and
     often near its constants. Else a near miss, > for >= say, would pass."""
     chooser = random.Random(task.instruction)
@@ -681,9 +677,9 @@ def draw_arguments(task, count=200):
             pools += [near, near]
             sizes += map(abs, near)
         else:
-            letters += value[1] * 5                            # of "'a'"
+            letters += value[1] * 5                            # value: a letter in quotes
     draws = []
-    for _ in range(count):
+    for _ in range(200):
         few = chooser.choice([1, 2, 3, 4, 20])
         numbers = chooser.choices(chooser.choice(pools), k=few)
         signs = chooser.choices(letters, k=few)

@@ -26,7 +26,7 @@ CARD = {  # the most that there may be of each
     "nodes in all": 14_000,
 }
 # Over the card for now, written down so that they can only shrink: the aims are the numbers above.
-OVER = {"03_model.py": 596, "04_train.py": 648, "06_finetune.py": 751, "lines in all": 3323, "nodes in all": 15_150}
+OVER = {"03_model.py": 567, "06_finetune.py": 736, "lines in all": 3083}
 PACKAGES = {"numpy", "torch", "regex", "matplotlib"}
 TOP_LEVEL = {"README.md", "requirements.txt", "tests", "out", "__pycache__", *(chapter.name for chapter in CHAPTERS)}
 
@@ -149,7 +149,7 @@ def test_a_chapter_keeps_to_the_card(path):
 def test_the_chapters_together_keep_to_the_card():
     figures = [measure(path) for path in CHAPTERS]
     assert sum(row["lines of a file"] for row in figures) <= max(CARD["lines in all"], OVER["lines in all"])
-    assert sum(row["nodes"] for row in figures) <= max(CARD["nodes in all"], OVER["nodes in all"])
+    assert sum(row["nodes"] for row in figures) <= CARD["nodes in all"]
 
 
 def test_top_level_and_imports():
