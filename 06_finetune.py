@@ -208,8 +208,9 @@ question  | N > 0                     | whether N is positive
 question  | N < 0                     | whether N is negative
 question  | N >= K                    | whether N is at least K
 question  | N <= K                    | whether N is at most K
-question  | N > X                     | whether N is {greater|larger|more} than X
-question  | N == X                    | whether N {equals|is equal to} X
+question  | N > W                     | whether N is {greater|larger|more} than W
+question  | N < W                     | whether N is {less|smaller} than W
+question  | N == W                    | whether N {equals|is equal to} W
 question  | N in Y                    | whether N is {in|one of} Y
 question  | Z == Z[::-1]              | whether Z {is a palindrome|reads the same backwards}
 question  | T.startswith(C)           | whether T {starts|begins} with C
