@@ -38,8 +38,6 @@ CourseError = chapter1.CourseError
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T and any read before
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-#   tensor  torch's array, much like numpy's; a @ b multiplies the matrices of the last two axes,
-#           dim=-1 is along the last axis (the README has torch in half a page)
 # Folders that transformers opens (model.save, GPT.load) are tools: they stand at the file's end.
 
 
@@ -100,15 +98,23 @@ def choose_attention(kind, S, device):
     return "fused" if device.type == "cuda" else "blocks"
 
 
+def choose_mask(config, T, S, documents, device):
+    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
+    later positions (not other documents) by itself."""
+    kind = choose_attention(config.attention, S, device)
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None
+    return who_sees(T, S, documents, device)
+
+
 def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D). Without
-    a mask all is seen; but "fused" with T = S then hides what comes later."""
-    kind = choose_attention(kind, k.shape[2], q.device)        # GPT.forward chooses alike
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
+    kind = choose_attention(kind, k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's own code, which can mask by itself
+    if kind == "fused":                          # torch's own code
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -312,11 +318,7 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        kind = choose_attention(self.config.attention, S, ids.device)
-        masks_itself = kind == "fused" and T == S
-        visible = None                                             # a lone query sees all
-        if documents is not None or (T > 1 and not masks_itself):
-            visible = who_sees(T, S, documents, ids.device)        # (T, S) or (B, 1, T, S)
+        visible = choose_mask(self.config, T, S, documents, ids.device)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)

@@ -12,8 +12,7 @@ Run:    python 04_train.py                    picks device, precision and preset
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on all of val and test: look once
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
-Source: Micikevicius et al. 2018 (mixed precision), Loshchilov & Hutter 2019 (AdamW),
-        Jordan et al. 2024 (Muon)
+Source: Micikevicius 2018 (mixed precision), Loshchilov 2019 (AdamW), Jordan 2024 (Muon)
 """
 import csv
 import math
@@ -134,6 +133,30 @@ class Muon(torch.optim.Optimizer):
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
 
 
+OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
+
+
+def make_optimizers(model, config):
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
+    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
+    biases. These two alone are not pulled towards zero: a norm's usual weight is 1."""
+    kind = OPTIMIZERS[config.optimizer]
+    matrices, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": others, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
+    if matrices:
+        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
+    return optimizers
+
+
 # ---- Training, for real --------------------------------------------------------------------------
 # Numbers in 16 bits take half the memory, and products of them are faster. Weights stay in fp32:
 # with 3 digits, 1 + 0.0001 is rounded to 1, and all small steps would come to nothing.
@@ -142,7 +165,6 @@ class Muon(torch.optim.Optimizer):
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
 #          loss, and so all of them, by a factor; if some overflow, it skips the step and halves it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
-OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
 GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
 
 
@@ -174,27 +196,6 @@ class TrainingConfig:
             raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
         if self.optimizer not in OPTIMIZERS or self.precision not in DTYPES:
             raise CourseError(f"--optimizer: one of {[*OPTIMIZERS]}; --precision: of {[*DTYPES]}")
-
-
-def make_optimizers(model, config):
-    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
-    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. These two alone are not pulled towards zero: a norm's usual weight is 1."""
-    kind = OPTIMIZERS[config.optimizer]
-    matrices, others, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
-            matrices.append(p)
-        else:
-            others.append(p)
-    groups = [{"params": others, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
-    if matrices:
-        optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
-    return optimizers
 
 
 def train(model, batch, config, machine, folder, measure, keep):
@@ -230,13 +231,13 @@ def train(model, batch, config, machine, folder, measure, keep):
                 losses += terms.detach()
 
             # 3. Several GPUs had other sequences of this step: add theirs, too.
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            for tensor in [losses, *gradients]:
-                machine.total(tensor)
+            machine.total(losses)
+            for p in model.parameters():
+                if p.grad is not None:
+                    machine.total(p.grad)
 
-            # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the
-            #    gradient, of all weights as one vector, where it is longer than `clip`: an odd
-            #    batch makes it long, and would drown the optimizers' averages for many steps.
+            # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the gradient
+            #    (all weights' as one vector) to `clip`: an odd batch would drown later averages.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -317,24 +318,6 @@ class Config(TrainingConfig, chapter3.GPTConfig):
     test: bool = False  # evaluate the best model on all of val and test, and stop
 
 
-def defaults_for(given):
-    """Return values for flags that are not given: a resumed run's, --init's, or a preset's."""
-    base = Path(given.get("out", "out")) / "base"
-    fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
-    if given.get("resume") and not given.get("test"):
-        fixed |= {"optimizer", "weight_decay"}
-        defaults = {**read_checkpoint(base)["config"], "out": str(base.parent)}
-    elif given.get("init") or given.get("test"):
-        defaults = {"init": str(base), "context": 0, **GENTLE}
-    else:
-        on_gpu = choose_device(given.get("device")).type == "cuda"
-        name = given.get("preset") or ("gpu" if on_gpu else "small")
-        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
-    for name in given.keys() & fixed:
-        raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
-    return defaults
-
-
 def main(config):
     """Train on out/data and keep the best model in out/base."""
     out = Path(config.out)
@@ -376,8 +359,7 @@ def main(config):
 
     # 3. Training.
     def batch(step):
-        # A sequence may hold the end of a document and the beginning of the next: a position sees
-        # both, and learns that nothing before END_OF_TEXT matters any more.
+        # A sequence may span documents: it is learnt that nothing before END_OF_TEXT matters.
         R = max(1, config.batch_tokens // config.context)
         x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
         return torch.from_numpy(x), torch.from_numpy(y)
@@ -392,7 +374,25 @@ def main(config):
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
 
 
-# ---- Tools: machine, compilation, interruptions, checkpoint, folder ------------------------------
+# ---- Tools: flags, machine, compilation, interruptions, checkpoint, folder -----------------------
+def defaults_for(given):
+    """Return values for flags that are not given: a resumed run's, --init's, or a preset's."""
+    base = Path(given.get("out", "out")) / "base"
+    fixed = {"preset", *chapter3.SHAPE} - {"context"}              # for new models only
+    if given.get("resume") and not given.get("test"):
+        fixed |= {"optimizer", "weight_decay"}
+        defaults = {**read_checkpoint(base)["config"], "out": str(base.parent)}
+    elif given.get("init") or given.get("test"):
+        defaults = {"init": str(base), "context": 0, **GENTLE}
+    else:
+        on_gpu = choose_device(given.get("device")).type == "cuda"
+        name = given.get("preset") or ("gpu" if on_gpu else "small")
+        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
+    for name in given.keys() & fixed:
+        raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
+    return defaults
+
+
 @dataclass
 class Machine:
     """Where and how to compute."""

@@ -389,19 +389,18 @@ CHAT_TEMPLATE = (
 
 def with_chat_tokens(model, tokenizer):
     """Return (model, tokenizer, tokens added): both know ChatML's marks, which GPT-2's do not."""
-    marks = (chapter1.CHAT_START, chapter1.CHAT_END)
+    marks = chapter1.SPECIAL_TOKENS[1:]
     missing = [text for text in marks if text not in tokenizer.special_tokens]
     if not missing:
         return model, tokenizer, missing
-    added = list(tokenizer.data["added_tokens"])
-    for i, text in enumerate(missing, tokenizer.vocab_size):
-        added.append(chapter1.special_json(text, i))
-    tokenizer = chapter1.Tokenizer({**tokenizer.data, "added_tokens": added})
+    more = [chapter1.special_json(text, i) for i, text in enumerate(missing, tokenizer.vocab_size)]
+    data = {**tokenizer.data, "added_tokens": tokenizer.data["added_tokens"] + more}
+    tokenizer = chapter1.Tokenizer(data)
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):
         new[:len(old)] = old                                   # `new` shares grown's memory
-    print(f"added {' and '.join(missing)} to the tokenizer and the embeddings")
+    print(f"added {missing} to the tokenizer and the embeddings")
     return grown, tokenizer, missing
 
 

@@ -275,7 +275,7 @@ def test_chat_tokens_are_added_to_a_foreign_pair(tied, capsys):
     ids = torch.tensor([foreign.encode(TEXT[1])])
     assert torch.allclose(grown(ids)[..., :foreign.vocab_size], model(ids), atol=1e-6) and not grown.training
     assert list(added) == [chapter1.CHAT_START, chapter1.CHAT_END] and not chapter5.with_chat_tokens(grown, with_chat)[2]
-    assert capsys.readouterr().out == "added <|im_start|> and <|im_end|> to the tokenizer and the embeddings\n"
+    assert capsys.readouterr().out == "added ['<|im_start|>', '<|im_end|>'] to the tokenizer and the embeddings\n"
 
 
 @pytest.fixture

@@ -426,7 +426,7 @@ def test_chat_tokens_are_added_to_a_foreign_pair_and_learnt(rank, tied, tune, tm
     chapter4.save_folder(model, foreign, tmp_path / "foreign", [0])
     mine = write_lines(tmp_path / "mine.jsonl", PAIRS[:1])
     printed = tune("--init", tmp_path / "foreign", "--conversations", mine, "--lora-rank", rank, "--steps", 40, "--eval-every", 20)
-    assert "added <|im_start|> and <|im_end|>" in printed
+    assert "added ['<|im_start|>', '<|im_end|>'] to" in printed
     tuned = chapter3.GPT.load(tmp_path / "chat").state_dict()
     kept = {name for name, old in model.state_dict().items() if torch.equal(tuned[name][:len(old)], old)}
     assert rank == 0 or all("norm" in name for name in kept)     # adapters and the rows of tokens learn
