@@ -122,7 +122,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
-            state = self.state[group["params"][0]]                 # torch keeps it by parameter
+            state = self.state[group["params"][0]]                 # one for all, under the first
             average = state.setdefault("average", torch.zeros_like(gradient))
             average.lerp_(gradient, 0.05)                          # 0.95 old + 0.05 new
             update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
@@ -145,7 +145,7 @@ def make_optimizers(model, config):
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:       # chapter 6 freezes some
+        elif kind and "layers." in name and p.requires_grad:       # frozen ones have no gradient
             matrices.append(p)
         else:
             others.append(p)
@@ -163,7 +163,7 @@ def make_optimizers(model, config):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and so all of them, by a factor; if some overflow, it skips the step and halves it
+#          loss, and so all of them, by a factor. If some overflow: no step, and half the factor
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
 
@@ -201,14 +201,14 @@ class TrainingConfig:
 def train(model, batch, config, machine, folder, measure, keep):
     """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
     documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
-    stores the best so far."""
+    is to store it, where it is the best so far."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(parts, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)        # of loss_sums
+        sums = compile_parts(model, batch(0), config, machine)     # blocks in place, and loss_sums
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -219,14 +219,14 @@ def train(model, batch, config, machine, folder, measure, keep):
                     group["lr"] = scale * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. Gradients of micro-batches add up to the step's if each loss is a sum over targets,
-            #    divided by those of the step; by its own, a target among few would count for more.
+            # 2. Each loss is a sum, divided by the targets of the whole step: so the gradients of
+            #    micro-batches add up to it. With means, a target among few would count for more.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = compiled_sums(model(x, *documents), y) / count     # (B, T, V) -> sums
+                    terms = sums(model(x, *documents), y) / count  # (B, T, V) -> sums
                 scaler.scale(terms.sum()).backward()
                 losses += terms.detach()
 
@@ -236,8 +236,8 @@ def train(model, batch, config, machine, folder, measure, keep):
                 if p.grad is not None:
                     machine.total(p.grad)
 
-            # 4. Divide by the scaler's factor (65,536 at first), and only then shorten the gradient
-            #    (all weights' as one vector) to `clip`: an odd batch would drown later averages.
+            # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
+            #    shorten the gradient (of all weights, one vector): odd ones would drown averages.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -293,8 +293,8 @@ def evaluate(model, machine, tokens, sizes, limit=0):
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
     ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1), T apart
-    every = math.ceil(T * len(ids) / (limit or len(tokens)))
-    x_and_y = torch.stack((ids[::every, :-1], ids[::every, 1:]), dim=1)        # (N, 2, T): some
+    stride = math.ceil(T * len(ids) / (limit or len(tokens)))
+    x_and_y = torch.stack((ids[::stride, :-1], ids[::stride, 1:]), dim=1)      # (N, 2, T): some
     return surprise(model, machine, x_and_y, sizes)
 
 
@@ -338,7 +338,7 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    if config.init:
+    if config.init:                                                # for --test, out/base
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)

@@ -10,7 +10,7 @@ in the loss (what users ask is not for the model to guess), and its end mark, to
     --------------------------- read, but not learnt ------------------------------------ - learnt -
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
-        python 06_finetune.py --show-mask                  what is learnt of one (noise on purpose)
+        python 06_finetune.py --show-mask                  what is learnt of one (with noise words)
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers
         python 06_finetune.py --lora-rank 8                trains thin adapters, not all weights
 Prints: how many answers, run on test inputs, return what they should, and what went wrong (pass@1:
@@ -85,7 +85,7 @@ def pack(examples, T, filler):
     """Return fill_up's tensor of examples [(ids, learnt)], several side by side in a sequence.
 
     Their numbers keep them apart: in chapter 3, no position sees another document. With RoPE only
-    distances count, so that it does not matter where in a sequence one begins.
+    distances count, so it does not matter where one begins; learned positions get used to it.
     """
     sequences = []
     for document, (ids, learnt) in enumerate(examples):
@@ -156,20 +156,22 @@ def merge_lora(model):
     merged = chapter3.GPT(model.config)
     for name, weight in merged.state_dict().items():
         layer, _, attribute = name.rpartition(".")             # "layers.0.mlp.up_proj", "weight"
-        weight.copy_(getattr(model.get_submodule(layer), attribute))
+        weight.copy_(getattr(model.get_submodule(layer), attribute))           # weight + B A
     return merged
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# Below, a line is a kind of task: what it returns, its code, its description. Add yours there, and
-# that is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
-# Capitals are slots. P and Q stand for another line; X, Y, Z and W may. What is left is a constant
-# (C always; K, S and W mostly), else a parameter. Lines with a star are not put in a slot, as they
-# could be misread, "the square of x plus 7" (no slot has such a kind); star yours if it has a P.
+# An entry is a kind of task: what it returns, its code, its description. Add yours there, and that
+# is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
+# Capitals are slots:
+#   N M L T   a parameter                    K S   a constant (S: a small one), or a parameter
+#   X Y Z     another entry, or a parameter  W     any of the three
+#   P Q       always another entry           C     a letter
+# Entries with a star stand in no other, as they could be misread: "the square of x plus 7".
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
          "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
          "P": "property", "Q": "question"}
-OTHER_LINES = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
+NESTED = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
 CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
@@ -268,7 +270,7 @@ class Task:
     name: str
     types: dict = field(default_factory=dict)  # {parameter: its type}
     lines: list = field(default_factory=list)  # of the function, below its header
-    parts: list = field(default_factory=list)  # the code of its entry, or of two in one
+    entries: list = field(default_factory=list)  # the code of its entry, or of two in one
     constants: list = field(default_factory=list)  # (code of an entry, value in it)
     description: str = ""
     instruction: str = ""
@@ -301,13 +303,13 @@ def compose(entry, task, names, chooser):
         X         part              the absolute value of x          before it, part = abs(x)
         returns   max(rows, part)   the larger of rows and the absolute value of x
     """
-    task.parts.append(entry.code)
+    task.entries.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        may_nest = len(task.parts) == 1                        # this entry alone, so far
-        if may_nest and chooser.random() < OTHER_LINES.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
+        may_nest = len(task.entries) == 1                        # this entry alone, so far
+        if may_nest and chooser.random() < NESTED.get(slot, 0):
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]      # no starred
             code, text = compose(chooser.choice(others), task, names, chooser)
             texts[slot] = text.removeprefix("whether ")
             codes[slot] = code
@@ -369,10 +371,10 @@ def is_held_out(*what):
     return zlib.crc32(repr(what).encode()) % 8 == 0
 
 
-def is_new_pair(parts):
+def is_new_pair(entries):
     """Tell whether two entries in one are held out: an eighth of the pairs of each entry is."""
-    lines = [line for line, entry in enumerate(ENTRIES) if entry.code in parts]
-    return len(parts) == 2 and sum(lines) % 8 == 0             # by a hash, some might have none
+    numbers = [number for number, entry in enumerate(ENTRIES) if entry.code in entries]
+    return len(entries) == 2 and sum(numbers) % 8 == 0         # by a hash, some might have none
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
@@ -383,7 +385,7 @@ def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
     while len(tasks) < count:
         task = draw_task(names, lines, noise, chooser)
         new_constant = any(is_held_out(*constant) for constant in task.constants)
-        if (new_constant, is_new_pair(task.parts)) == (new == "constant", new == "pair"):
+        if new_constant == (new == "constant") and is_new_pair(task.entries) == (new == "pair"):
             tasks.append(task)
     return tasks
 
@@ -480,18 +482,18 @@ def show_table(results):
     print(f"\n{'':26}{'tasks':>6}  {'pass@1':10}" + "".join(f"{name:>13}" for name in VERDICTS))
     for label, verdicts in results.items():
         passed = verdicts.count("pass")
-        tasks = len(verdicts)
-        share = f"{passed / tasks:.0%} ± {100 * interval(passed, tasks):.0f}"
+        count = len(verdicts)
+        share = f"{passed / count:.0%} ± {100 * interval(passed, count):.0f}"
         counts = "".join(f"{verdicts.count(name):13}" for name in VERDICTS)
-        print(f"{label:26}{tasks:6}  {share:10}{counts}")
+        print(f"{label:26}{count:6}  {share:10}{counts}")
 
 
-def show_results(model, tokenizer, tasks, ends):
+def show_results(model, tokenizer, held_out, ends):
     """Run the answers to {what is new: tasks}, print two of each, and the table."""
     results = {}
-    for new, some in tasks.items():
-        answers, results[new] = answer_tasks(model, tokenizer, some, ends)
-        for task, answer in list(zip(some, answers))[:2]:
+    for new, tasks in held_out.items():
+        answers, results[new] = answer_tasks(model, tokenizer, tasks, ends)
+        for task, answer in list(zip(tasks, answers))[:2]:
             print(f"\n> {task.instruction}\n{answer}")
     results["all"] = list(chain.from_iterable(results.values()))
     show_table(results)
@@ -586,7 +588,7 @@ def main(config):
     ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
 
     # 2. Conversations to learn from; a few more of the same sorts tell how well it does.
-    conversations, tasks = find_conversations(config, tokenizer)
+    conversations, held_out = find_conversations(config, tokenizer)
     to_learn, val = split_off(conversations)
     examples = encode_fitting(to_learn, tokenizer, model.config.context)
     if config.show_mask:
@@ -623,8 +625,8 @@ def main(config):
     # 4. What the best model can do now, and what it has forgotten.
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
-        if tasks and config.tasks:
-            show_results(tuned, tokenizer, tasks, ends)
+        if held_out and config.tasks:
+            show_results(tuned, tokenizer, held_out, ends)
         text = chapter2.matching_tokens(out / "data", "val", tokenizer)
         if len(text) > tuned.config.context:
             _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
@@ -675,20 +677,20 @@ def draw_arguments(task):
     for _, value in task.constants:
         if value.isdigit():
             near = range(int(value) - 1, int(value) + 2)
-            pools += [near, near]
-            sizes += map(abs, near)
+            pools += [near, near]                              # twice: more often
+            sizes += near
         else:
             letters += value[1] * 5                            # value: a letter in quotes
     draws = []
     for _ in range(200):
-        few = chooser.choice([1, 2, 3, 4, 20])
-        numbers = chooser.choices(chooser.choice(pools), k=few)
-        signs = chooser.choices(letters, k=few)
+        variety = chooser.choice([1, 2, 3, 4, 20])
+        numbers = chooser.choices(chooser.choice(pools), k=variety)
+        characters = chooser.choices(letters, k=variety)
         arguments = []
         for kind in task.types.values():
             size = chooser.choice(sizes)
             values = {"number": chooser.choice(numbers), "list": chooser.choices(numbers, k=size),
-                      "text": "".join(chooser.choices(signs, k=size))}
+                      "text": "".join(chooser.choices(characters, k=size))}
             arguments.append(values[kind])
         draws.append(arguments)
     return draws

@@ -178,8 +178,8 @@ def drawn():
 
 def test_every_reference_passes(drawn):
     """Of every entry, every pair, and some hundred besides, on ten cases at least."""
-    some = [*{tuple(task.parts): task for task in drawn}.values(), *drawn[:200]]
-    assert {task.parts[0] for task in some} == {entry.code for entry in chapter6.ENTRIES if entry.kind != "property"}
+    some = [*{tuple(task.entries): task for task in drawn}.values(), *drawn[:200]]
+    assert {task.entries[0] for task in some} == {entry.code for entry in chapter6.ENTRIES if entry.kind != "property"}
     assert len(some) > 450
     assert set(verdicts_of(some, [task.source for task in some])) == {"pass"}
     for task in some[::3]:
@@ -192,7 +192,7 @@ def test_near_misses_fail(drawn):
     each, nested = {}, [task for task in drawn if any(line.startswith("part = ") for line in task.lines)]
     for task in drawn:
         if task not in nested:
-            each.setdefault((*task.parts, *[code for code, _ in task.constants]), task)
+            each.setdefault((*task.entries, *[code for code, _ in task.constants]), task)
     for tasks, allowed in ((each.values(), 0), (nested[:60], 0.005)):
         wrong, count = undetected(tasks)
         assert count > 500 and len(wrong) <= allowed * count, "\n".join(map(str, wrong))
@@ -244,7 +244,7 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
     assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
     names_learnt = {name for task in drawn for name in (*task.name.split("_"), *task.types)}
     constants_learnt = {constant for task in drawn for constant in task.constants}
-    pairs_learnt = {tuple(task.parts) for task in drawn}
+    pairs_learnt = {tuple(task.entries) for task in drawn}
     more = [*drawn, *chapter6.draw_tasks(WORDS, 12000, 6)]
     seen_alone = {value for task in more for _, value in task.constants} | {part for pair in pairs_learnt for part in pair}
     assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:100])
@@ -255,9 +255,9 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
         assert bool(new) == (label == "new constants") and not new & constants_learnt, task
         for _, value in task.constants:
             assert re.search(rf"(?<!\w){value}(?!\w)", task.description), f"{value} cannot be seen in {task}"
-        is_new = tuple(task.parts) not in pairs_learnt and chapter6.is_new_pair(task.parts)
+        is_new = tuple(task.entries) not in pairs_learnt and chapter6.is_new_pair(task.entries)
         assert is_new == (label == "new combinations")
-        assert {value for _, value in task.constants} | set(task.parts) <= seen_alone      # what is new is that they meet
+        assert {value for _, value in task.constants} | set(task.entries) <= seen_alone      # what is new is that they meet
         phrasings = [chapter6.PHRASINGS, chapter6.NEW_PHRASINGS]
         is_new = label == "new phrasings"
         assert is_phrased(task, phrasings[is_new]) and (not is_new or not is_phrased(task, phrasings[0])), task

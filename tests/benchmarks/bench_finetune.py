@@ -119,9 +119,9 @@ def show_kinds(tasks, verdicts):
     for task, verdict in zip(tasks, verdicts):
         kinds = {entry.code: entry.kind.strip("*") for entry in chapter6.ENTRIES}
         is_nested = any(line.startswith("part = ") for line in task.lines)
-        found["nested" if is_nested else kinds[task.parts[0]]].append(verdict)
+        found["nested" if is_nested else kinds[task.entries[0]]].append(verdict)
         if is_nested:
-            found[f"  {task.parts[0]}"].append(verdict)
+            found[f"  {task.entries[0]}"].append(verdict)
     print("\npass@1 by kind, greedy; indented: the outer of two in one, where some fail")
     for kind, some in sorted(found.items()):
         if not kind.startswith(" ") or some.count("pass") < len(some):
