@@ -324,7 +324,7 @@ def main(config):
     folder = out / "base"
     machine = choose_machine(config)
     if (folder / "resume.pt").exists() and not (config.resume or config.test):
-        print(f"this run replaces the one in {folder}, once it is evaluated: copy {out} to keep it")
+        print(f"this run replaces the one in {folder} once evaluated: to keep that, Ctrl-C twice")
 
     # 1. The text, and the tokenizer that it was encoded with.
     source = config.init or out / "tokenizer"
