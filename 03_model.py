@@ -3,6 +3,7 @@
 Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
 between stand equal blocks: attention lets a position gather what it needs from those before it, and
 the MLP, two or three matrices, works on it. Both only add to a running sum, the residual stream x:
+so a block need only mend what is there, and gradients reach the first blocks, too.
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
                                          |                       ^  |                 ^
@@ -146,8 +147,7 @@ def rotate(heads, cos, sin):
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
-# For those new to torch: module(x) calls the module's `forward`, and super().__init__() lets torch
-# find the weights in it, to train, save and move them. More stands in the README.
+# New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
     """Divide x (..., width) by its root mean square, so that sums that grew stay near 1 in size;
     then multiply each number by a learned weight."""

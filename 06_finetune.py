@@ -502,7 +502,7 @@ def show_results(model, tokenizer, held_out, ends):
 # ---- The script ----------------------------------------------------------------------------------
 @dataclass
 class Config(chapter4.TrainingConfig):
-    init: str = ""  # folder with the model to tune, any that chapter 3 opens (default: out/base)
+    init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
     steps: int = 2400  # updates of the weights
     lr: float = 2e-3  # AdamW's, a third of chapter 4's: embeddings forget most; Muon's stays
     eval_every: int = 1200  # steps between evaluations (each also saves)
