@@ -14,6 +14,7 @@ Run:    python 04_train.py                    picks device, precision and preset
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
 Source: Micikevicius 2018 (mixed precision), Loshchilov 2019 (AdamW), Jordan 2024 (Muon)
 """
+import atexit
 import csv
 import math
 import os
@@ -38,7 +39,6 @@ CourseError = chapter1.CourseError
 # Legend
 #   B  sequences of a micro-batch, R of a step     T  tokens of a sequence     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
-#   held-out      text that is never trained on: val to choose by, test for the very end
 # Tools, at the file's end: Machine (`split` gives this process's micro-batches, `autocast` products
 # in 16 bits, `total` a sum over all GPUs), `rescue` (Ctrl-C, full memory), checkpoint and log.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt, in chapter 6
@@ -274,8 +274,7 @@ def train(model, batch, config, machine, folder, measure, keep):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats per target, bits per byte) on sequences (N, 2, T): x, y; or 3, with documents.
-    sizes (V,): bytes of text of each token. Bits per byte can be compared between tokenizers."""
+    """Return (nats a target, bits a byte) on sequences (N, 2 or 3, T); sizes (V,): ids' bytes."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
     nats = 0.0
@@ -450,6 +449,7 @@ def choose_machine(config):
         print("fp16: adamw for all weights, as muon needs bf16")
     if machine.world > 1:
         distributed.init_process_group()
+        atexit.register(distributed.destroy_process_group)
     return machine
 
 

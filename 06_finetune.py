@@ -88,8 +88,8 @@ def pack(examples, T, filler):
     distances count, so it does not matter where one begins; learned positions get used to it.
     """
     sequences = []
-    for document, (ids, learnt) in enumerate(examples):
-        columns = columns_of(ids, learnt, document)
+    for document, example in enumerate(examples):
+        columns = columns_of(*example, document)
         # Only the last eight are looked at: with all, it would take long and hardly fill more.
         with_room = [sequence for sequence in sequences[-8:] if len(sequence) + len(columns) <= T]
         if with_room:
