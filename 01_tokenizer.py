@@ -1,9 +1,9 @@
 """Chapter 1 · Text to tokens: a byte-level BPE tokenizer, trained from scratch.
 
-A language model reads numbers. The plainest are the bytes of a text, but a page is thousands of
-them, and the model pays for each. Byte-pair encoding (BPE) makes the sequence shorter: give the
-pair of neighbours that occurs most often a number of its own, and repeat. Each byte and each merged
-pair is called a token. No text is ever unknown, since every byte is one.
+A language model reads numbers. Bytes are the plainest, but a page is thousands of them, and the
+model pays for each; of words there are millions, and ever new ones. Byte-pair encoding (BPE) is in
+between: give the pair of neighbours that occurs most often a number of its own, and repeat. Each
+byte and each merged pair is called a token. No text is ever unknown, since every byte is one.
 
     l o w   l o w e r   l o w e s t      14 tokens; the pair (l, o) occurs 3 times
     lo w    lo w e r    lo w e s t       11 tokens; the pair (lo, w) occurs 3 times
@@ -288,7 +288,7 @@ def show_tokenizer(tokenizer, sample):
 @dataclass
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
-    vocab_size: int = 4096  # tokens in all: 500 suit a megabyte, 4,096 ten, 32,768 gigabytes
+    vocab_size: int = 4096  # tokens in all: 500 suit 1 MB, 4,096 10 MB; rare ones are hardly learnt
     out: str = "out"  # root folder of the course: everything is written below it
 
 

@@ -248,7 +248,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
-    a gate, a third matrix's numbers are bent, and multiply those of the first."""
+    a gate, a third's numbers are bent and multiply the first's: it pays, but why is not known."""
 
     def __init__(self, config):
         super().__init__()

@@ -186,7 +186,7 @@ class TrainingConfig:
     eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
     device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
     precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
-    compile: bool = True  # let torch.compile join operations (never on mps)
+    compile: bool = True  # let torch.compile join operations: fewer trips to memory (never on mps)
     init: str = ""  # folder with weights and tokenizer to start from
     resume: bool = False  # go on with the run that stopped, with its settings
     out: str = "out"  # root folder of the course
