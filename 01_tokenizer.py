@@ -104,9 +104,9 @@ def learn_merges_naive(chunks, how_many):
 # A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
 # pairs are counted once, their positions kept: a merge visits those of its pair and mends counts.
 # Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
-#     position          0    1    2    3    4    5          the merge of (l, o), at position 1:
-#     ids             GAP    l    o    w    e  GAP          (l, o) is gone, (o, w) occurs once less
-#     after (l, o)    GAP   lo   lo    w    e  GAP          (lo, w) once more
+#     position          0    1    2    3    4    5
+#     ids             GAP    l    o    w    e  GAP
+#     after (l, o)    GAP   lo   lo    w    e  GAP          one (l, o) and (o, w) less, (lo, w) more
 #     after (lo, w)   GAP  low  GAP  low    e  GAP          inside a token: GAP
 GAP = -1  # between chunks, and inside a long token
 
@@ -117,7 +117,7 @@ def learn_merges(chunks, how_many):
     ids = [GAP]
     times = [0]                                  # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs now}
-    changes = Counter()                          # {pair: what counts still lacks}
+    changes = Counter()                          # {pair: its changes since}: to be queued just once
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
     queue = []                                   # a heap of (-count, pair): the commonest on top
@@ -141,7 +141,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # all get merged ("aaa" takes off one too many)
+        del counts[best]                         # none is left (step 3 may go below 0)
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -166,9 +166,9 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back. `data` is what a tokenizer.json holds: ours and GPT-2's open alike.
-    tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)] in order; special_tokens:
-    {text: id}; end: the text of the one after a document; first: the id of the one before it."""
+    """Text to ids and back. `data`: a tokenizer.json, ours or GPT-2's, which spells bytes as
+    letters: to_bytes and read_pair (at the file's end) undo that. tokens: {bytes: id}; bytes_of:
+    {id: bytes}; merges: [(bytes, bytes)]; special_tokens: {text: id}; first, end: ids, or None."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -178,11 +178,11 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # Each maker has other names for these two; the first name that fits is taken.
+        # The marks before and after a text have many names; the first that fits is taken.
         starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.first = self.special_tokens.get(next(starts, None))
-        self.end = next(ends, None)
+        self.end = self.special_tokens.get(next(ends, None))
         self._patterns = read_patterns(data["pre_tokenizer"])
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
@@ -193,8 +193,8 @@ class Tokenizer:
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
             return [self.tokens[whole]]
         parts = [bytes([byte]) for byte in whole]
-        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):
-            pair = min(mergeable, key=self._ranks.get)             # the one learnt first
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # pairs that were learnt
+            pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))
         return [self.tokens[part] for part in parts]
 
@@ -222,8 +222,9 @@ class Tokenizer:
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
         write_json(Path(folder) / "tokenizer.json", self.data)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end,
-                    "pad_token": self.end, "clean_up_tokenization_spaces": False}
+        end = self.bytes_of.get(self.end, b"").decode() or None
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                    "pad_token": end, "clean_up_tokenization_spaces": False}
         write_json(Path(folder) / "tokenizer_config.json", settings)
 
     @classmethod

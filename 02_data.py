@@ -13,7 +13,7 @@ Run:    python 02_data.py                          the text that chapter 1 learn
         python 02_data.py --source shakespeare     another one (a download, files, folders, globs)
 Prints: what was cleaned and dropped, the size of each split, a batch with inputs above targets.
 Writes: out/data/train.bin, val.bin, test.bin (uint16 or uint32), meta.json, statistics.png
-Source: the flat file of tokens is nanoGPT's idea; the fixed order of the sequences is our own
+Source: the flat file of tokens is nanoGPT's idea, which draws at random; here the order is fixed
 """
 import hashlib
 import json
@@ -56,7 +56,7 @@ SHORTEST = 20  # characters; a shorter document teaches little
 
 
 def clean(documents, changed, dropped):
-    """Yield the cleaned (split, text); count in changed {rule: n} and dropped {reason: n}.
+    """Yield the cleaned (split, text); meanwhile, count in changed {rule: n}, dropped {reason: n}.
     Why drop duplicates? A text that is read often is learnt by heart, at the cost of the others.
     And if it is in train and in test as well (texts that differed before cleaning, in line ends,
     say), the test is an exam whose questions were known."""
@@ -83,8 +83,6 @@ SPLITS = ("train", "val", "test")
 def write_tokens(documents, tokenizer, folder):
     """Write {split}.bin, flat files of token ids, and return how much each split holds. meta.json,
     which describes them, is removed first and written last: where it stands, they are whole."""
-    # By this separator, the model learns where a text ends: the next has nothing to do with it.
-    end = tokenizer.special_tokens[tokenizer.end]
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +90,8 @@ def write_tokens(documents, tokenizer, folder):
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
     for split, text in documents:
-        ids = [*tokenizer.encode(text), end]
+        # By this end, the model learns that the next text has nothing to do with it.
+        ids = [*tokenizer.encode(text), tokenizer.end]
         files[split].write(np.array(ids, dtype))
         totals[split].update(documents=1, tokens=len(ids), bytes=len(text.encode()))   # adds
         show_progress(files["train"].tell())
@@ -127,9 +126,9 @@ def get_batch(tokens, step, B, T, seed=0):
 
     A pure function: which tokens step 700 reads follows from its arguments alone. So nothing has to
     be saved when training stops or restored when it goes on, and any step can be looked at again.
-    The split is cut into `count` sequences of T tokens, and an epoch reads each once. Of all that
-    are read, numbered by n, a step reads B: with B = 4, step 2 those of n = 8 to 11. If count is 5,
-    n = 8 is place 3 in the order of epoch 1. Raises CourseError if there is not even one.
+    The split is cut into `count` sequences of T tokens. They are numbered by n as they are read,
+    epoch after epoch, and a step reads the next B: with B = 4, step 2 those of n = 8 to 11. If
+    count is 5, n = 8 is place 3 of epoch 1. Raises CourseError if there is not even one.
 
     >>> get_batch(np.arange(5), step=0, B=1, T=4)
     (array([[0, 1, 2, 3]]), array([[1, 2, 3, 4]]))
@@ -163,8 +162,7 @@ def draw_statistics(tokens, tokenizer, path):
     straight line on logarithmic axes. So a few tokens are seen all the time and learnt first; most
     are rare, and for them a model needs all the text there is."""
     tokens = tokens[:20_000_000]                               # enough for a picture
-    end = tokenizer.special_tokens[tokenizer.end]
-    lengths = np.diff(np.flatnonzero(tokens == end), prepend=-1)       # from one end to the next
+    lengths = np.diff(np.flatnonzero(tokens == tokenizer.end), prepend=-1)     # from end to end
     _, counts = np.unique(tokens, return_counts=True)
     counts = np.sort(counts)[::-1]                             # the commonest first
     rank = np.arange(1, len(counts) + 1)
@@ -212,7 +210,7 @@ def main(config):
         download(name, out / "downloads")
     source = choose_source(config)
     changed, dropped = Counter(), Counter()
-    # Split before cleaning, as chapter 1 did: so both hold out the same texts. Nothing is read yet:
+    # Chapter 1 split uncleaned texts, so this does: both hold out the same. Nothing is read yet:
     # these are generators, and work when write_tokens asks for the next document.
     documents = chapter1.split_documents(chapter1.read_source(source, out / "downloads"))
     tokenizer = chapter1.Tokenizer.load(out / "tokenizer")

@@ -81,9 +81,9 @@ def who_sees(T, S, documents=None, device=None):
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, with the keys up to the last
-    of them: half of all scores are of later ones. (For long texts; skip it at first.)"""
+    of them: half of all scores are of later keys. (For long texts; skip it at first.)"""
     parts = []
-    end = k.shape[2] - q.shape[2]                # keys read before, which all queries may see
+    end = k.shape[2] - q.shape[2]                # keys read before the first query
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
         end += queries.shape[2]                                    # no key from here on is visible
         parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
@@ -153,12 +153,12 @@ class RMSNorm(nn.RMSNorm):
     then multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in float32. Torch's own, which makes weight, warns at 16 bits.
+        # x / sqrt(mean(x^2) + eps). nn.RMSNorm makes the weight; its own forward warns at 16 bits.
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
-MLPS = {  # name: (activation function, which bends numbers; whether it is a gate for others)
+MLPS = {  # name: (activation function, which bends numbers; whether there is a gate matrix)
     "swiglu": (F.silu, True),                    # x / (1 + e^-x)
     "gelu": (nn.GELU("tanh"), False),            # x times P(a Gaussian is below x), nearly
 }
@@ -248,7 +248,7 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
-    a gate, a third's numbers are bent and multiply the first's: it pays, but why is not known."""
+    a gate, down(bend(gate x) * up x): three matrices. It pays; why is not known."""
 
     def __init__(self, config):
         super().__init__()
@@ -341,7 +341,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention multiplies keys and values too, T / 2 on average, of C numbers: C T more a block."""
+    Attention multiplies keys and values, too, T / 2 on average: like C T weights a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -349,13 +349,13 @@ def show_parts(config):
         total += part.numel()
         if "layers." not in name or ".0." in name:
             print(f"{part.numel():12,}  {name}", list(part.shape))
-    scores = config.layers * config.heads * config.head_width * config.context
+    products = config.layers * config.heads * config.head_width * config.context
     print(f"{total:,} parameters with all {config.layers} layers, "
-          f"{6 * (total + scores) / 1e6:,.1f} MFLOP to train on a token")
+          f"{6 * (total + products) / 1e6:,.1f} MFLOP to train on a token")
 
 
 def show_causality(config):
-    """Print how much a random model's logits change where later tokens do: not at all."""
+    """Print how much a random model's logits change when later tokens do: not at all."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
     half = min(64, config.context // 2)
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)

@@ -367,7 +367,7 @@ def main(config):
         return evaluate(model, machine, texts["val"], sizes, config.eval_tokens)
 
     def keep(model):
-        save_folder(model, tokenizer, folder, [tokenizer.special_tokens[tokenizer.end]])
+        save_folder(model, tokenizer, folder, [tokenizer.end])
 
     train(model, batch, config, machine, folder, measure, keep)
     print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)}")
@@ -541,7 +541,7 @@ def save_folder(model, tokenizer, folder, stops):
     """Write weights, config, tokenizer and generation_config.json, for transformers and vLLM."""
     model.save(folder)
     tokenizer.save(folder)
-    end = tokenizer.special_tokens.get(tokenizer.end)
+    end = tokenizer.end
     chapter1.write_json(folder / "generation_config.json",
                         {"bos_token_id": end, "pad_token_id": end, "eos_token_id": stops})
 

@@ -61,8 +61,8 @@ def keep_top_p(logits, p):
 
 
 def next_token(logits, config, generator=None):
-    """Draw an id (multinomial: one index, by these probabilities), which depends on scores (V),
-    settings and the generator's state alone."""
+    """Draw an id; it depends on scores (V), settings and the generator's state alone. (multinomial
+    draws one index, by these probabilities.)"""
     if config.temperature == 0:
         return int(logits.argmax())
     logits = logits / config.temperature
@@ -86,7 +86,7 @@ def generate_naive(model, ids, config):
     context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
-        if len(seen) > context:                                # more do not fit: keep the new half
+        if len(seen) > context:                                # more do not fit: keep a newer half
             seen = seen[-context // 2:]
         logits = model(as_tensor(model, [seen]))[0, -1]                         # (V)
         seen.append(next_token(logits.cpu(), config, generator))
@@ -102,8 +102,8 @@ class KVCache:
 
     def __init__(self, size):
         self.size = size                                       # of positions at most
-        self.keys_values = {}                                  # {a layer's Attention: both, in one}
-        self.length = 0                                        # moved on by GPT.forward, at its end
+        self.keys_values = {}                                  # {Attention: (2, B, K, size, D)}
+        self.length = 0                                        # moved on by GPT.forward, when
 
     def append(self, layer, k, v):
         """Add k and v (B, K, T, D) of one layer; return all of them, (B, K, S, D) each."""
@@ -129,8 +129,8 @@ def generate(model, prompts, config, vocab_size=None):
     cache = KVCache(min(context, seen.shape[1] + config.max_tokens))
     for _ in range(config.max_tokens):
         if seen.shape[1] > context:
-            # Kept keys know of dropped tokens and old positions: all is read anew. Of half a
-            # context at once, so that it is rare.
+            # Kept keys were made from dropped tokens, at old positions: all is read anew. Half a
+            # context is dropped at once, so that this is rare.
             seen = seen[:, -context // 2:]
             cache = KVCache(context)
         unread = seen[:, cache.length:]                        # (B, T), most often (B, 1)
@@ -196,8 +196,8 @@ def draw_heatmap(model, tokenizer, ids, path):
 
 
 def memorisation(ids, tokens):
-    """Return the length of the longest run of ids that stands in tokens too: how much the model
-    knows by heart, at most, is a question of privacy, and of licences.
+    """Return the length of the longest run of ids that stands in tokens too. What a model knows by
+    heart is a question of privacy, and of licences.
 
     >>> memorisation([5, 1, 2, 3, 9], torch.tensor([0, 1, 2, 3, 4]))
     3
@@ -207,7 +207,7 @@ def memorisation(ids, tokens):
     text = "".join(map(chr, ids))
     longest = 0
     for last in range(len(text)):
-        # The longest can grow by one at each position, so only that length is looked for.
+        # The longest grows by at most one at each position, so only that length is looked for.
         if text[last - longest:last + 1] in data:
             longest += 1
     return longest
@@ -261,7 +261,7 @@ def render_chat(tokenizer, messages):
 
 
 def chat(model, tokenizer, config, ends):
-    """Talk in the terminal until Ctrl-D. In a full context, what is oldest is forgotten."""
+    """Talk in the terminal until Ctrl-D. Past half a context, what is oldest is forgotten."""
     if tokenizer.special_tokens.get(chapter1.CHAT_END) not in ends:
         raise CourseError("this model has not learnt to chat: 06_finetune.py makes one that has")
     messages = []
@@ -294,7 +294,7 @@ CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
 @dataclass
 class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
-    prompt: str = "class"  # text to go on from; no space at its end: most tokens begin with theirs
+    prompt: str = "class"  # text to go on from; no space at its end: most words bring their own
     max_tokens: int = 200  # tokens to write at most
     temperature: float = 0.8  # 0 takes the likeliest; 0.2 (to chat) is for answers, 0.8 for stories
     top_k: int = 0  # draw among the k likeliest only (0: all)
@@ -350,7 +350,7 @@ def open_model(folder, device, context=0):
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CourseError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
                           f"{model.config.vocab_size}: they do not belong together")
-    ends = tokenizer.special_tokens.get(tokenizer.end)
+    ends = tokenizer.end
     settings = Path(folder, "generation_config.json")
     if settings.exists():
         found = chapter1.read_json(settings, "the script that made the model")

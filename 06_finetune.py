@@ -74,8 +74,8 @@ def columns_of(ids, learnt, document=0):
 
 
 def fill_up(sequences, T, filler):
-    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. By
-    definition, with one conversation in each: then most is filler, computed for nothing."""
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. With
+    one conversation in each list, most would be filler, computed for nothing."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
@@ -109,6 +109,20 @@ def batches_of(examples, R, T, filler):
     return batch
 
 
+def with_text(examples, text, T, seed):
+    """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them: so
+    that less of it is forgotten. Being long, it is a good third of what counts in the loss."""
+    if len(text) <= T:
+        return examples
+    order = chapter2.sequence_order((len(text) - 1) // T, seed, epoch=0)
+    mixed = []
+    for i in range(0, len(examples), 20):
+        start = T * order[i // 20 % len(order)]
+        ids = text[start:start + T + 1].tolist()
+        mixed += [(ids, [True] * len(ids)), *examples[i:i + 20]]
+    return mixed
+
+
 def show_mask(tokenizer, ids, learnt):
     """Print a conversation token by token; what is learnt is in brackets."""
     for i, is_learnt in zip(ids, learnt):
@@ -128,7 +142,7 @@ def lora_formula(x, weight, a, b):
 
 
 class LoRA(nn.Module):
-    """The same for real, as a parametrization: from now on, `layer.weight` is what forward returns.
+    """The same for real, as a parametrization: to read `layer.weight` now calls this forward.
     (Libraries scale B A by alpha / r; here that is 1.)"""
 
     def __init__(self, weight, rank):
@@ -136,7 +150,7 @@ class LoRA(nn.Module):
         out, size = weight.shape
         a = torch.randn(rank, size, device=weight.device) / math.sqrt(size)
         self.a = nn.Parameter(a)
-        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0: at first, nothing changes
+        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0 yet; with A = 0, for good
 
     def forward(self, weight):
         return weight + self.b @ self.a                        # (out, in) + (out, r) @ (r, in)
@@ -161,11 +175,11 @@ def merge_lora(model):
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# An entry is a kind of task: what it returns, its code, its description. Add yours there, and that
+# An entry is a sort of task: its kind (its result), code, description. Add yours there, and that
 # is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
 # Capitals are slots:
 #   N M L T   a parameter                    K S   a constant (S: a small one), or a parameter
-#   X Y Z     another entry, or a parameter  W     any of the three
+#   X Y Z     another entry, or a parameter  W     as X, or as K
 #   P Q       always another entry           C     a letter
 # Entries with a star stand in no other, as they could be misread: "the square of x plus 7".
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
@@ -295,7 +309,7 @@ def fill(text, values):
 
 
 def compose(entry, task, names, chooser):
-    """Return (code, description) of an entry, its slots filled; the task notes with what.
+    """Return (code, description) of an entry, its slots filled; the rest goes into the task.
 
         slot      code              description
                   max(N, X)         the larger of N and X            an entry
@@ -309,7 +323,7 @@ def compose(entry, task, names, chooser):
     for slot in re.findall(SLOT, words):
         may_nest = len(task.entries) == 1                        # this entry alone, so far
         if may_nest and chooser.random() < NESTED.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]      # no starred
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]  # no "list*"
             code, text = compose(chooser.choice(others), task, names, chooser)
             texts[slot] = text.removeprefix("whether ")
             codes[slot] = code
@@ -367,18 +381,18 @@ def draw_task(names, phrasings, noise, chooser):
 
 # ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
-    """Tell whether (name), or (entry's code, constant), is held out: an eighth is, by a hash."""
+    """Tell whether a name, or a constant of an entry, is held out: an eighth is, by a hash."""
     return zlib.crc32(repr(what).encode()) % 8 == 0
 
 
 def is_new_pair(entries):
-    """Tell whether two entries in one are held out: an eighth of the pairs of each entry is."""
-    numbers = [number for number, entry in enumerate(ENTRIES) if entry.code in entries]
-    return len(entries) == 2 and sum(numbers) % 8 == 0         # by a hash, some might have none
+    """Tell whether two entries in one are held out: of all pairs, about an eighth are."""
+    places = [place for place, entry in enumerate(ENTRIES) if entry.code in entries]
+    return len(entries) == 2 and sum(places) % 8 == 0
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Return tasks, drawn until nothing is held out but what is new: a "constant" or a "pair"."""
+    """Return tasks with a held-out `new` ("constant", "pair"; "": neither), and with no other."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
     tasks = []
@@ -537,20 +551,6 @@ def encode_fitting(conversations, tokenizer, context):
     return fitting
 
 
-def with_text(examples, text, T, seed):
-    """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them: so
-    that less of it is forgotten. Being long, it is a good third of what counts in the loss."""
-    if len(text) <= T:
-        return examples
-    order = chapter2.sequence_order((len(text) - 1) // T, seed, epoch=0)
-    mixed = []
-    for i in range(0, len(examples), 20):
-        start = T * order[i // 20 % len(order)]
-        ids = text[start:start + T + 1].tolist()
-        mixed += [(ids, [True] * len(ids)), *examples[i:i + 20]]
-    return mixed
-
-
 def split_off(conversations):
     """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
     if len(conversations) < 20:
@@ -568,9 +568,9 @@ def find_conversations(config, tokenizer):
         downloads = Path(config.out) / "downloads"
         return chapter2.open_conversations(config.conversations, downloads), {}
     names, new_names, noise = split_names(tokenizer)
-    to_learn = draw_tasks(names, config.examples, config.seed, noise=noise)
-    tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
-    return [conversation_of(task) for task in to_learn], tasks
+    tasks = draw_tasks(names, config.examples, config.seed, noise=noise)
+    held_out = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
+    return [conversation_of(task) for task in tasks], held_out
 
 
 def main(config):
@@ -585,7 +585,7 @@ def main(config):
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
     end = tokenizer.special_tokens[chapter1.CHAT_END]
-    ends = {end, tokenizer.special_tokens.get(tokenizer.end, end)}
+    ends = {end, tokenizer.end} - {None}
 
     # 2. Conversations to learn from; a few more of the same sorts tell how well it does.
     conversations, held_out = find_conversations(config, tokenizer)
