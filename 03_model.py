@@ -115,7 +115,7 @@ def attention(q, k, v, visible=None, kind="formula"):
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's own code
+    if kind == "fused":                          # torch's own; with no mask, it hides later keys
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:

@@ -123,8 +123,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
             state = self.state[group["params"][0]]                 # one for all, under the first
-            average = state.setdefault("average", torch.zeros_like(gradient))
-            average.lerp_(gradient, 0.05)                          # 0.95 old + 0.05 new
+            if not state:
+                state["average"] = torch.zeros_like(gradient)
+            average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
             update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
             # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
@@ -220,7 +221,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. Each loss is a sum, divided by the targets of the whole step: so the gradients of
-            #    micro-batches add up to it. With means, a target among few would count for more.
+            #    micro-batches add up to its own. With means, a target among few would count more.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             losses = 0.0
@@ -237,7 +238,7 @@ def train(model, batch, config, machine, folder, measure, keep):
                     machine.total(p.grad)
 
             # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
-            #    shorten the gradient (of all weights, one vector): odd ones would drown averages.
+            #    shorten a long gradient (all weights' as one vector): it would drown the averages.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -541,9 +542,8 @@ def save_folder(model, tokenizer, folder, stops):
     """Write weights, config, tokenizer and generation_config.json, for transformers and vLLM."""
     model.save(folder)
     tokenizer.save(folder)
-    end = tokenizer.end
-    chapter1.write_json(folder / "generation_config.json",
-                        {"bos_token_id": end, "pad_token_id": end, "eos_token_id": stops})
+    settings = {"bos_token_id": tokenizer.end, "pad_token_id": tokenizer.end, "eos_token_id": stops}
+    chapter1.write_json(folder / "generation_config.json", settings)
 
 
 if __name__ == "__main__":

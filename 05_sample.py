@@ -86,7 +86,7 @@ def generate_naive(model, ids, config):
     context = model.config.context
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.max_tokens):
-        if len(seen) > context:                                # more do not fit: keep a newer half
+        if len(seen) > context:                                # more do not fit: keep a half
             seen = seen[-context // 2:]
         logits = model(as_tensor(model, [seen]))[0, -1]                         # (V)
         seen.append(next_token(logits.cpu(), config, generator))
@@ -103,7 +103,7 @@ class KVCache:
     def __init__(self, size):
         self.size = size                                       # of positions at most
         self.keys_values = {}                                  # {Attention: (2, B, K, size, D)}
-        self.length = 0                                        # moved on by GPT.forward, when
+        self.length = 0                                        # GPT.forward moves it on, at its end
 
     def append(self, layer, k, v):
         """Add k and v (B, K, T, D) of one layer; return all of them, (B, K, S, D) each."""

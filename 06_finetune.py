@@ -150,7 +150,7 @@ class LoRA(nn.Module):
         out, size = weight.shape
         a = torch.randn(rank, size, device=weight.device) / math.sqrt(size)
         self.a = nn.Parameter(a)
-        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0 yet; with A = 0, for good
+        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0; were A 0, too, for good
 
     def forward(self, weight):
         return weight + self.b @ self.a                        # (out, in) + (out, r) @ (r, in)
