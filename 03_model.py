@@ -81,7 +81,8 @@ def who_sees(T, S, documents=None, device=None):
 # ---- Attention, for real: the same, with less work and memory ------------------------------------
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, with the keys up to the last
-    of them: half of all scores are of later keys. (For long texts; skip it at first.)"""
+    of them: half of all scores are of later keys. (For long texts; skip it at first. Torch's
+    "fused" goes on from there: its blocks fit the processor's fastest memory.)"""
     parts = []
     end = k.shape[2] - q.shape[2]                # keys read before the first query
     for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
@@ -90,19 +91,17 @@ def attention_in_blocks(q, k, v, visible, size=128):
     return torch.cat(parts, dim=2)                                 # (B, H, T, D)
 
 
-def choose_attention(kind, S, device):
-    """Return what "auto" stands for: up to 256 keys, as by default, one product is fastest."""
-    if kind != "auto":
-        return kind
-    if S <= 256:
-        return "formula"
-    return "fused" if device.type == "cuda" else "blocks"
+def choose_attention(kind, S):
+    """Return what "auto" stands for: with few keys, as by default, the formula is fastest."""
+    if kind == "auto":
+        return "formula" if S <= 256 else "fused"
+    return kind
 
 
 def choose_mask(config, T, S, documents, device):
     """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
     later positions (not other documents) by itself."""
-    kind = choose_attention(config.attention, S, device)
+    kind = choose_attention(config.attention, S)
     if documents is None and (T == 1 or (kind == "fused" and T == S)):
         return None
     return who_sees(T, S, documents, device)
@@ -110,7 +109,7 @@ def choose_mask(config, T, S, documents, device):
 
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
-    kind = choose_attention(kind, k.shape[2], q.device)
+    kind = choose_attention(kind, k.shape[2])
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)

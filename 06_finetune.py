@@ -56,7 +56,7 @@ IGNORED = chapter4.IGNORED
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar: slots)
-# `split_names` (which names are held out) and `run_answer` are tools, at the file's end.
+# How a task is drawn, which names are held out and `run_answer` are tools, at the file's end.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
@@ -175,18 +175,18 @@ def merge_lora(model):
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# An entry is a sort of task: its kind (its result), code, description. Add yours there, and that
-# is all, if the judge allows what it uses. {a|b} is a or b, and "/" parts the lines of a loop.
-# Capitals are slots:
+# An entry of the grammar is a sort of task: the kind of its result, its code, its description. Two
+# in one make a task as well: of `max(N, X)`, with `abs(X)` in it, comes
+#     Write top(rows, y) that returns the larger of rows and the absolute value of y.
+#     def top(rows, y):
+#         part = abs(y)
+#         return max(rows, part)
+# Add entries of your own: that is all, if the judge allows what their code uses. {a|b} is a or b,
+# "/" parts the lines of a loop. Capitals are slots:
 #   N M L T   a parameter                    K S   a constant (S: a small one), or a parameter
 #   X Y Z     another entry, or a parameter  W     as X, or as K
 #   P Q       always another entry           C     a letter
 # Entries with a star stand in no other, as they could be misread: "the square of x plus 7".
-KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
-         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
-         "P": "property", "Q": "question"}
-NESTED = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
-CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -273,7 +273,6 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
-SLOT = rf"\b[{''.join(KINDS)}]\b"
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
 
@@ -298,97 +297,10 @@ class Task:
         return "\n    ".join([self.header, *self.lines])
 
 
-def vary(text, chooser):
-    """Choose one of each {a|b}."""
-    return re.sub(r"\{([^{}]*)\}", lambda found: chooser.choice(found[1].split("|")), text)
-
-
-def fill(text, values):
-    """Put values for the slots of a text: "max(N, X)" and {"N": "x", "X": "y"} give "max(x, y)"."""
-    return re.sub(SLOT, lambda found: values[found[0]], text)
-
-
-def compose(entry, task, names, chooser):
-    """Return (code, description) of an entry, its slots filled; the rest goes into the task.
-
-        slot      code              description
-                  max(N, X)         the larger of N and X            an entry
-        N         rows              rows                             a name, so a parameter
-        X         part              the absolute value of x          before it, part = abs(x)
-        returns   max(rows, part)   the larger of rows and the absolute value of x
-    """
-    task.entries.append(entry.code)
-    words = vary(entry.words, chooser)
-    codes, texts = {}, {}
-    for slot in re.findall(SLOT, words):
-        may_nest = len(task.entries) == 1                        # this entry alone, so far
-        if may_nest and chooser.random() < NESTED.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]  # no "list*"
-            code, text = compose(chooser.choice(others), task, names, chooser)
-            texts[slot] = text.removeprefix("whether ")
-            codes[slot] = code
-            if slot not in "PQ":                               # these two stay within the line
-                task.lines.append(f"part = {code}")
-                codes[slot] = "part"
-        elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
-            codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
-            task.constants.append((entry.code, codes[slot]))
-        else:
-            codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = KINDS[slot]
-    return fill(entry.code, codes), fill(words, texts)
-
-
-def phrase(task, phrasing, noise, chooser):
-    """Return an instruction: a phrasing with the task's header and description in it.
-
-    noise: words that take the place of some others: of "Write a function add(a, b) that returns
-    the sum of a and b" it makes "Bytes a turbo add(a, b) with raise the sum of a and b", say. So a
-    model learns to look for the header and the description, and not to lean on the rest.
-    """
-    share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
-    header = task.header[4:-1]                                 # without "def " and the colon
-    fixed = {"HEADER": header, "ANSWER": task.description}
-    words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
-    for i, word in enumerate(words):
-        if word in fixed:
-            words[i] = fixed[word]
-        elif noise and word.isalpha() and chooser.random() < share:
-            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
-            words[i] += chooser.choice(["", "", "", ","])
-    return "".join(words)
-
-
-def draw_task(names, phrasings, noise, chooser):
-    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
-    entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
-    name, second, *parameters = chooser.sample(names, 8)
-    if chooser.random() < 0.15:
-        name = f"{name}_{second}"
-    if chooser.random() < 0.25:                                # single letters, as in f(x)
-        parameters = chooser.sample(string.ascii_lowercase, 6)
-    task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)
-    if chooser.random() < 0.3:                                 # parameters in another order
-        task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
-    if entry.kind == "loop":
-        task.lines += ["total = 0", *code.split("/"), "return total"]
-    else:
-        task.lines.append(f"return {code}")
-    task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
-    return task
-
-
 # ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
-    """Tell whether a name, or a constant of an entry, is held out: an eighth is, by a hash."""
-    return zlib.crc32(repr(what).encode()) % 8 == 0
-
-
-def is_new_pair(entries):
-    """Tell whether two entries in one are held out: of all pairs, about an eighth are."""
-    places = [place for place, entry in enumerate(ENTRIES) if entry.code in entries]
-    return len(entries) == 2 and sum(places) % 8 == 0
+    """Tell whether a name, a constant of an entry, or a pair of entries is held out: by a hash."""
+    return zlib.crc32(repr(what).encode()) % 8 == 0            # an eighth of all
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
@@ -398,8 +310,9 @@ def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
     tasks = []
     while len(tasks) < count:
         task = draw_task(names, lines, noise, chooser)
-        new_constant = any(is_held_out(*constant) for constant in task.constants)
-        if new_constant == (new == "constant") and is_new_pair(task.entries) == (new == "pair"):
+        has_constant = any(is_held_out(*constant) for constant in task.constants)
+        has_pair = len(task.entries) == 2 and is_held_out(*sorted(task.entries))
+        if has_constant == (new == "constant") and has_pair == (new == "pair"):
             tasks.append(task)
     return tasks
 
@@ -451,7 +364,7 @@ def verdict_on(task, answer, has_ended):
     try:
         functions = ast.parse(answer).body
         text = ast.unparse(functions)                          # with the usual spaces
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except Exception:                                          # deep nesting, say, has many names
         return "no parse"
     if len(functions) != 1 or text.partition("\n")[0] != task.header:
         return "wrong header"
@@ -632,6 +545,91 @@ def main(config):
             _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
             print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
+
+
+# ---- Tools: how a task is drawn ------------------------------------------------------------------
+KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
+         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
+         "P": "property", "Q": "question"}
+NESTED = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
+CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
+SLOT = rf"\b[{''.join(KINDS)}]\b"
+
+
+def vary(text, chooser):
+    """Choose one of each {a|b}."""
+    return re.sub(r"\{([^{}]*)\}", lambda found: chooser.choice(found[1].split("|")), text)
+
+
+def fill(text, values):
+    """Put values for the slots of a text: "max(N, X)" and {"N": "x", "X": "y"} give "max(x, y)"."""
+    return re.sub(SLOT, lambda found: values[found[0]], text)
+
+
+def compose(entry, task, names, chooser):
+    """Return (code, description) of an entry, its slots filled: by a name, which is a parameter
+    then, by a constant, or by another entry, whose code is a line before it. What is not returned
+    goes into the task: parameters, lines, constants, entries."""
+    task.entries.append(entry.code)
+    words = vary(entry.words, chooser)
+    codes, texts = {}, {}
+    for slot in re.findall(SLOT, words):
+        may_nest = len(task.entries) == 1                        # this entry alone, so far
+        if may_nest and chooser.random() < NESTED.get(slot, 0):
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]  # no "list*"
+            code, text = compose(chooser.choice(others), task, names, chooser)
+            texts[slot] = text.removeprefix("whether ")
+            codes[slot] = code
+            if slot not in "PQ":                               # these two stay within the line
+                task.lines.append(f"part = {code}")
+                codes[slot] = "part"
+        elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
+            codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
+            task.constants.append((entry.code, codes[slot]))
+        else:
+            codes[slot] = texts[slot] = names.pop()
+            task.types[codes[slot]] = KINDS[slot]
+    return fill(entry.code, codes), fill(words, texts)
+
+
+def phrase(task, phrasing, noise, chooser):
+    """Return an instruction: a phrasing with the task's header and description in it.
+
+    noise: words that take the place of some others: of "Write a function add(a, b) that returns
+    the sum of a and b" it makes "Bytes a turbo add(a, b) with raise the sum of a and b", say. So a
+    model learns to look for the header and the description, and not to lean on the rest.
+    """
+    share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
+    header = task.header[4:-1]                                 # without "def " and the colon
+    fixed = {"HEADER": header, "ANSWER": task.description}
+    words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
+    for i, word in enumerate(words):
+        if word in fixed:
+            words[i] = fixed[word]
+        elif noise and word.isalpha() and chooser.random() < share:
+            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
+            words[i] += chooser.choice(["", "", "", ","])
+    return "".join(words)
+
+
+def draw_task(names, phrasings, noise, chooser):
+    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
+    entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
+    name, second, *parameters = chooser.sample(names, 8)
+    if chooser.random() < 0.15:
+        name = f"{name}_{second}"
+    if chooser.random() < 0.25:                                # single letters, as in f(x)
+        parameters = chooser.sample(string.ascii_lowercase, 6)
+    task = Task(name)
+    code, task.description = compose(entry, task, parameters, chooser)
+    if chooser.random() < 0.3:                                 # parameters in another order
+        task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
+    if entry.kind == "loop":
+        task.lines += ["total = 0", *code.split("/"), "return total"]
+    else:
+        task.lines.append(f"return {code}")
+    task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
+    return task
 
 
 # ---- Tools: names --------------------------------------------------------------------------------

@@ -119,9 +119,8 @@ def test_blocks_never_hold_all_scores_and_auto_takes_the_fastest(monkeypatch):
     for T in (300, 1):
         chapter3.attention(*torch.randn(3, 1, 1, 300, 8)[:, :, :, -T:], chapter3.who_sees(T, T), "blocks")
     assert calls == [(128, 128), (128, 256), (44, 300), (1, 1)]
-    auto = {(S, device): chapter3.choose_attention("auto", S, torch.device(device)) for S in (256, 257) for device in ("cpu", "cuda")}
-    assert auto == {(256, "cpu"): "formula", (256, "cuda"): "formula", (257, "cpu"): "blocks", (257, "cuda"): "fused"}
-    assert chapter3.choose_attention("formula", 9999, torch.device("cuda")) == "formula"
+    assert [chapter3.choose_attention("auto", S) for S in (1, 256, 257)] == ["formula", "formula", "fused"]
+    assert chapter3.choose_attention("formula", 9999) == "formula"
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ def measure_here(variant, machine, flags):
 
 def measure_all(machine, flags, argv):
     """Return {variant: row}; what auto stands for is measured once."""
-    stands_for = chapter3.choose_attention("auto", flags.context, machine.device)
+    stands_for = chapter3.choose_attention("auto", flags.context)
     rows = {}
     end = time.monotonic() + flags.seconds
     for variant in flags.variants:
