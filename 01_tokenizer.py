@@ -290,7 +290,7 @@ def show_tokenizer(tokenizer, sample):
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
     vocab_size: int = 4096  # tokens in all: 500 suit 1 MB, 4,096 10 MB; rare ones are hardly learnt
-    out: str = "out"  # root folder of the course: everything is written below it
+    out: str = "out"  # folder below which everything is written
 
 
 def main(config):

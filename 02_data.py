@@ -182,7 +182,7 @@ def draw_statistics(tokens, tokenizer, path):
 class Config:
     source: list[str] = field(default_factory=list)  # a download, files (default: as chapter 1)
     tokenizer: str = ""  # folder with a tokenizer to use, say GPT-2's (default: chapter 1's)
-    out: str = "out"  # root folder of the course
+    out: str = "out"  # folder below which everything is written
 
 
 def choose_source(config):

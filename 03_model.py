@@ -11,7 +11,7 @@ so a block need only mend what is there, and gradients reach the first blocks, t
                        ... -> norm -> lm_head -> logits (B, T, V)
 
     GPT-2 (2019)  LayerNorm  learned positions  GELU    biases
-    today         RMSNorm    RoPE               SwiGLU  QK-norm, grouped heads
+    today         RMSNorm    RoPE               SwiGLU  no biases, QK-norm; often grouped heads
 
 Run:    python 03_model.py                  the parts, what they cost, a test of causality
         python 03_model.py --preset gpt2    of another shape; every setting is a flag, see --help
@@ -36,10 +36,10 @@ chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences in a batch     T  positions that ask     S  positions seen: T and any read before
+#   B  sequences in a batch     T  positions that ask     S  positions seen: T, but for chapter 5
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-# Folders that transformers opens (model.save, GPT.load) are tools: they stand at the file's end.
+# Tools, at the file's end: `attention_in_blocks`, `find_preset`, `model.save` and `GPT.load`.
 
 
 # ---- Attention, by its definition ----------------------------------------------------------------
@@ -78,33 +78,14 @@ def who_sees(T, S, documents=None, device=None):
     return visible
 
 
-# ---- Attention, for real: the same, with less work and memory ------------------------------------
-def attention_in_blocks(q, k, v, visible, size=128):
-    """Return what attention_formula does, `size` queries at a time, with the keys up to the last
-    of them: half of all scores are of later keys. (For long texts; skip it at first. Torch's
-    "fused" goes on from there: its blocks fit the processor's fastest memory.)"""
-    parts = []
-    end = k.shape[2] - q.shape[2]                # keys read before the first query
-    for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
-        end += queries.shape[2]                                    # no key from here on is visible
-        parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
-    return torch.cat(parts, dim=2)                                 # (B, H, T, D)
-
-
+# ---- Attention, for real -------------------------------------------------------------------------
 def choose_attention(kind, S):
-    """Return what "auto" stands for: with few keys, as by default, the formula is fastest."""
+    """Return what "auto" stands for: the formula is fast up to 256 keys, as by default; for more,
+    torch's "fused" kernel: in parts that fit the processor's fastest memory, it never holds all
+    scores. ("blocks" does the same by hand, as far as that goes in Python.)"""
     if kind == "auto":
         return "formula" if S <= 256 else "fused"
     return kind
-
-
-def choose_mask(config, T, S, documents, device):
-    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
-    later positions (not other documents) by itself."""
-    kind = choose_attention(config.attention, S)
-    if documents is None and (T == 1 or (kind == "fused" and T == S)):
-        return None
-    return who_sees(T, S, documents, device)
 
 
 def attention(q, k, v, visible=None, kind="formula"):
@@ -113,8 +94,8 @@ def attention(q, k, v, visible=None, kind="formula"):
     groups = q.shape[1] // k.shape[1]
     if groups > 1:                               # grouped heads: so many of them share keys
         k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
-        v = v.repeat_interleave(groups, dim=1)
-    if kind == "fused":                          # torch's own; with no mask, it hides later keys
+        v = v.repeat_interleave(groups, dim=1)   # the same
+    if kind == "fused":                          # without mask it hides later keys
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -123,8 +104,8 @@ def attention(q, k, v, visible=None, kind="formula"):
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
-# Attention alone does not see the order of words. RoPE turns each pair of numbers (x, y) of a query
-# or key by an angle that grows with the position: at position m by m times w,
+# Attention alone does not see the order of words. RoPE turns each pair (x, y), the numbers i and
+# i + D/2 of a query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
 # The product of two such pairs depends on the angle between them: for a query at m and a key at n
 # that is the angle they had, plus (m - n) w. So only the distance counts: with w = 0.1, positions
@@ -139,7 +120,7 @@ def rope_angles(config, positions):
 
 
 def rotate(heads, cos, sin):
-    """Turn queries or keys (B, H, T, D); x is the first half of the D numbers, y the second."""
+    """Turn all pairs of queries or keys (B, H, T, D) at once."""
     x, y = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
     turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)         # (B, H, T, D)
     return turned.type_as(heads)                                   # cos and sin are float32
@@ -152,7 +133,7 @@ class RMSNorm(nn.RMSNorm):
     then multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps). nn.RMSNorm makes the weight; its own forward warns at 16 bits.
+        # x / sqrt(mean(x^2) + eps), in one call. (nn.RMSNorm's own forward warns at 16 bits.)
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -193,9 +174,12 @@ class GPTConfig:
             if getattr(self, name) not in kinds:
                 raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
         self.kv_heads = self.kv_heads or self.heads
-        if min(self.width, self.heads) < 1 or self.width % self.heads or self.heads % self.kv_heads:
+        for name in ("vocab_size", "context", "layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise CourseError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.width % self.heads or self.heads % self.kv_heads:
             raise CourseError(f"--width {self.width} must be a multiple of --heads {self.heads}, "
-                              f"that one of --kv-heads {self.kv_heads}, and none 0")
+                              f"and that one of --kv-heads {self.kv_heads}")
         self.head_width = self.head_width or self.width // self.heads
         if self.head_width % 2:
             raise CourseError(f"--head-width {self.head_width} must be even: RoPE turns pairs")
@@ -205,7 +189,7 @@ class GPTConfig:
             self.hidden = math.ceil(8 * self.width / 3 / 64) * 64 if has_gate else 4 * self.width
 
 
-# ---- The model, with Llama's names of parts: a `layernorm` may be an RMSNorm ---------------------
+# ---- The model -----------------------------------------------------------------------------------
 class Attention(nn.Module):
     """Project x to queries, keys and values, let the heads attend, project back."""
 
@@ -232,14 +216,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
-        if self.config.positions == "rope":
+        if self.config.positions == "rope":                        # not v: what, not where
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         return q, k, v
 
     def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
-        if cache is not None:                                      # see chapter 5
+        if cache is not None:                                      # chapter 5 keeps a layer's k, v
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H*D) -> (B, T, C)
@@ -247,7 +231,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Widen x, bend each number (else both matrices were as good as one), and narrow it again. With
-    a gate, down(bend(gate x) * up x): three matrices. It pays; why is not known."""
+    a gate, down(bend(gate x) * up x), a third matrix lets numbers pass or not. In large models it
+    pays; why is not known."""
 
     def __init__(self, config):
         super().__init__()
@@ -267,7 +252,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Gather, then think: both add to the stream x (B, T, C)."""
+    """Gather, then think: both add to x. (Names of Llama: `post_attention...` is for the MLP.)"""
 
     def __init__(self, config):
         super().__init__()
@@ -278,8 +263,19 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, angles, visible, cache):
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), angles, visible, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        y = self.self_attn(self.input_layernorm(x), angles, visible, cache)
+        x = x + self.dropout(y)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + self.dropout(y)
+
+
+def choose_mask(config, T, S, documents, device):
+    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
+    later positions (not other documents) by itself, which is faster."""
+    kind = choose_attention(config.attention, S)
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None
+    return who_sees(T, S, documents, device)
 
 
 class GPT(nn.Module):
@@ -287,8 +283,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if min(config.vocab_size, config.context, config.layers) < 1:
-            raise CourseError("--vocab-size, --context, --layers: at least 1")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
@@ -380,8 +374,7 @@ def draw_rope(config, path):
 # ---- The script ----------------------------------------------------------------------------------
 GPT2 = dict(norm="layernorm", positions="learned", mlp="gelu", bias=True, qk_norm=False,
             norm_eps=1e-5, vocab_size=50257, context=1024)
-LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=4e-3,
-             eval_every=250)
+LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=4e-3)
 PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 trains it
     "small": {},                                 # the defaults: 4 million weights, for a CPU
     "gpu": dict(layers=6, heads=6, width=384, dropout=0.2, steps=640, batch_tokens=32768,
@@ -393,22 +386,10 @@ PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
 SHAPE = vars(GPTConfig())
 
 
-def find_preset(name):
-    """Return the values of a preset. Raises CourseError if there is none of that name."""
-    if name not in PRESETS:
-        raise CourseError(f"--preset {name}: choose one of {[*PRESETS]}")
-    return PRESETS[name]
-
-
-def shape_of(values):
-    """Return those of a preset's or a run's values that GPTConfig has."""
-    return {name: value for name, value in values.items() if name in SHAPE}
-
-
 @dataclass
 class Config(GPTConfig):
     preset: str = "small"  # a set of values for the other flags, see below
-    out: str = "out"  # root folder of the course
+    out: str = "out"  # folder below which everything is written
 
 
 def defaults_for(given):
@@ -426,7 +407,30 @@ def main(config):
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
-# ---- Tools: folders for transformers, config.json and model.safetensors --------------------------
+# ---- Tools: attention in blocks, presets, folders for transformers -------------------------------
+def attention_in_blocks(q, k, v, visible, size=128):
+    """Return what attention_formula does, `size` queries at a time, with the keys up to the last
+    of them: half of all scores are of later keys."""
+    parts = []
+    end = k.shape[2] - q.shape[2]                # keys read before the first query
+    for queries, mask in zip(q.split(size, dim=2), visible.split(size, dim=-2)):
+        end += queries.shape[2]                                    # no key from here on is visible
+        parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
+    return torch.cat(parts, dim=2)                                 # (B, H, T, D)
+
+
+def find_preset(name):
+    """Return the values of a preset. Raises CourseError if there is none of that name."""
+    if name not in PRESETS:
+        raise CourseError(f"--preset {name}: choose one of {[*PRESETS]}")
+    return PRESETS[name]
+
+
+def shape_of(values):
+    """Return those of a preset's or a run's values that GPTConfig has."""
+    return {name: value for name, value in values.items() if name in SHAPE}
+
+
 GPT2_SETTINGS = dict(  # ours=theirs, in config.json
     vocab_size="vocab_size", context="n_positions", layers="n_layer", heads="n_head",
     width="n_embd", hidden="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",

@@ -84,18 +84,18 @@ def loss_sums(logits, y):
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
-#   AdamW   m = average of g, v = average of g^2, over some 10 and 20 steps (betas 0.9 and 0.95);
+#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps: 1 / (1 - beta), betas 0.9 and 0.95;
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    A matrix turns a vector, stretches it along some directions (by its singular values s:
-#           U s V^T) and turns it again. In gradients, a few directions drown all others: Muon takes
-#           their average (momentum), made equally strong in all, so that rare ones are learnt too.
+#   Muon    Any matrix is U s V^T: V^T and U only turn a vector, the numbers s (singular values)
+#           stretch it between. In gradients, a few directions drown all others: Muon takes their
+#           average (momentum), with all s near 1: (10, 0.1) becomes (1, 1); rare ones are learnt.
 def orthogonalise(matrices):
     """Return matrices (N, rows, columns) with all singular values near 1, their directions kept:
-    u @ vh of u, s, vh = torch.linalg.svd(X), but by products alone, as that is faster.
-    Newton-Schulz: where X = U s V^T, X X^T X is U s^3 V^T, so a X + b (X X^T) X + c (X X^T)^2 X has
-    the singular values a s + b s^3 + c s^5. With these a, b, c, five rounds bring any s between
-    0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
+    u @ vh of u, s, vh = torch.linalg.svd(X, False), but by products alone, as that is faster.
+    Newton-Schulz: turns undo each other (V^T V = 1), so X X^T X is U s^3 V^T, and the singular
+    values of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With these a, b, c, five
+    rounds bring any s between 0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
@@ -103,8 +103,8 @@ def orthogonalise(matrices):
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.mT                                          # S = X X^T, (N, rows, rows)
-        change = torch.baddbmm(square, square, square, beta=b, alpha=c)        # b S + c S S
-        x = torch.baddbmm(x, change, x, beta=a)                    # a X + change X
+        bend = torch.baddbmm(square, square, square, beta=b, alpha=c)          # b S + c S S
+        x = torch.baddbmm(x, bend, x, beta=a)                      # a X + bend X
     return x
 
 
@@ -118,15 +118,15 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": same} for same in by_shape.values()]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
+    @torch.no_grad()                                               # no gradients of these moves
     def step(self):
         for group in self.param_groups:
             gradient = torch.stack([p.grad for p in group["params"]])          # (N, rows, columns)
             state = self.state[group["params"][0]]                 # one for all, under the first
             if not state:
                 state["average"] = torch.zeros_like(gradient)
-            average = state["average"].lerp_(gradient, 0.05)       # 0.95 old + 0.05 new
-            update = orthogonalise(average.lerp(gradient, 0.05))   # the same again (Nesterov)
+            average = state["average"].lerp_(gradient, 0.05)       # .95 old + .05 new, in place
+            update = orthogonalise(average.lerp(gradient, 0.05))   # Nesterov: the newest once more
             # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
             # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
             for p, change in zip(group["params"], update):
@@ -146,7 +146,7 @@ def make_optimizers(model, config):
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif kind and "layers." in name and p.requires_grad:       # frozen ones have no gradient
+        elif kind and "layers." in name and p.requires_grad:       # not frozen, as by LoRA
             matrices.append(p)
         else:
             others.append(p)
@@ -180,7 +180,7 @@ class TrainingConfig:
     lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
     matrix_lr: float = 0.01  # Muon's learning rate for matrices
     weight_decay: float = 0.1  # pull towards zero, per step and unit of learning rate
-    warmup: int = 20  # steps over which the learning rate rises from zero
+    warmup: int = 20  # steps over which the learning rate rises
     clip: float = 1.0  # longest gradient taken as it is; a longer one is shortened (0: none)
     seed: int = 1  # of the weights, of the order of the data and of dropout
     eval_every: int = 400  # steps between evaluations (each also saves)
@@ -190,7 +190,7 @@ class TrainingConfig:
     compile: bool = True  # let torch.compile join operations: fewer trips to memory (never on mps)
     init: str = ""  # folder with weights and tokenizer to start from
     resume: bool = False  # go on with the run that stopped, with its settings
-    out: str = "out"  # root folder of the course
+    out: str = "out"  # folder below which everything is written
 
     def __post_init__(self):
         if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
@@ -201,15 +201,15 @@ class TrainingConfig:
 
 def train(model, batch, config, machine, folder, measure, keep):
     """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
-    documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
-    is to store it, where it is the best so far."""
+    documents of chapter 6, each (R, T). take_stock calls measure(model) -> held-out loss, bits per
+    byte, and keep(model), to store it, where it is the best so far: `main` has such functions."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     parts = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(parts, folder, config) if config.resume else []
-        sums = compile_parts(model, batch(0), config, machine)     # blocks in place, and loss_sums
+        compiled_sums = compile_parts(model, batch(0), config, machine)
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -221,18 +221,18 @@ def train(model, batch, config, machine, folder, measure, keep):
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. Each loss is a sum, divided by the targets of the whole step: so the gradients of
-            #    micro-batches add up to its own. With means, a target among few would count more.
+            #    parts add up to the step's. With means, a target among few would count more.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
-            losses = 0.0
+            step_terms = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = sums(model(x, *documents), y) / count  # (B, T, V) -> sums
+                    terms = compiled_sums(model(x, *documents), y) / count     # as COLUMNS: (1)
                 scaler.scale(terms.sum()).backward()
-                losses += terms.detach()
+                step_terms += terms.detach()
 
             # 3. Several GPUs had other sequences of this step: add theirs, too.
-            machine.total(losses)
+            machine.total(step_terms)
             for p in model.parameters():
                 if p.grad is not None:
                     machine.total(p.grad)
@@ -242,7 +242,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *values, length = torch.cat((losses, length[None])).tolist()       # GPU to CPU, once
+            *values, length = torch.cat((step_terms, length[None])).tolist()   # GPU to CPU, once
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -338,13 +338,13 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    if config.init:                                                # for --test, out/base
+    if config.init:                                # out/base for --test, says defaults_for
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)
         config.vocab_size = math.ceil(V / 64) * 64                 # 64: for speed
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
-    vars(config).update(vars(model.config))                        # zeros filled in, to be saved
+    vars(config).update(vars(model.config))        # there, GPTConfig has filled in the zeros
     model.to(machine.device).eval()
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -387,7 +387,7 @@ def defaults_for(given):
     else:
         on_gpu = choose_device(given.get("device")).type == "cuda"
         name = given.get("preset") or ("gpu" if on_gpu else "small")
-        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
+        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}       # tokenizer's
     for name in given.keys() & fixed:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
@@ -455,10 +455,10 @@ def choose_machine(config):
 
 
 def compile_parts(model, whole, config, machine):
-    """Compile a model's blocks (they are alike: one code serves all) and return loss_sums, too."""
+    """Compile a model's blocks (one code serves all) and norm, in place; return loss_sums, too."""
     if not machine.compile:
         return loss_sums
-    print("compiling: up to half a minute")
+    print("compiling: up to half a minute")                        # and a trial, if it can be done
     for part in [*model.layers, model.norm]:
         part.compile()
     sums = torch.compile(loss_sums)
@@ -510,7 +510,7 @@ def take_stock(parts, log, config, folder, measure, keep):
         loss, bits = measure(model.eval())
     model.train()
     print(f"held-out loss {loss:.3f}, {bits:.3f} bits per byte")
-    if loss <= min([row.get("val_loss", loss) for row in log]):
+    if loss <= min([row.get("val_loss", loss) for row in log]):    # of rows that have one
         keep(model)
     log[-1].update(val_loss=loss, val_bits_per_byte=bits)
     states = {name: part.state_dict() for name, part in parts.items()}

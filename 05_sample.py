@@ -305,7 +305,7 @@ class Config:
     explain: bool = False  # show the five likeliest tokens at each position, and the entropy
     heatmap: str = ""  # draw the attention over the prompt's tokens to this file
     device: str = ""  # cpu, cuda, mps (default: the fastest there is)
-    out: str = "out"  # root folder of the course
+    out: str = "out"  # folder below which everything is written
 
 
 def defaults_for(given):

@@ -6,8 +6,8 @@ forgotten. Each conversation asks for a small function, made by a grammar: so th
 we like, and a program can judge any answer by running it. Of a conversation only the answer counts
 in the loss (what users ask is not for the model to guess), and its end mark, to learn when to stop:
 
-    <|im_start|>user Write add(a, b), the sum of a and b.<|im_end|> <|im_start|>assistant def add...
-    --------------------------- read, but not learnt ------------------------------------ - learnt -
+    <|im_start|>user Write f(x), the square of x.<|im_end|> <|im_start|>assistant def f...<|im_end|>
+    ----------------------- read, but not learnt --------------------------------- ---- learnt -----
 
 Run:    python 06_finetune.py                              tunes out/base, writes out/chat
         python 06_finetune.py --show-mask                  what is learnt of one (with noise words)
@@ -51,18 +51,19 @@ IGNORED = chapter4.IGNORED
 # Legend
 #   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
 #   learnt     for each id, whether it counts in the loss
-#   entry      a line of the grammar below; a task is made of one, or of two, one in the other
+#   entry      a line of the grammar below
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
+#   noise      random words in the place of a phrasing's own
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar: slots)
-# How a task is drawn, which names are held out and `run_answer` are tools, at the file's end.
+# Tools, at the file's end: how a task is drawn, which names are held out, how an answer is run.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
 # encode_chat in chapter 5 has made its ids, and said which of them are learnt: the loss mask.
 def columns_of(ids, learnt, document=0):
-    """Return a column (id, target, number of the document) for each position but the last.
+    """Return, for each position but the last, a column (id, target, document) of its sequence.
 
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
@@ -74,19 +75,18 @@ def columns_of(ids, learnt, document=0):
 
 
 def fill_up(sequences, T, filler):
-    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; filled up to T. With
-    one conversation in each list, most would be filler, computed for nothing."""
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents. A list shorter than T
+    is filled up with any id, never learnt."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
 
 # ---- For real: several conversations in a sequence -----------------------------------------------
 def pack(examples, T, filler):
-    """Return fill_up's tensor of examples [(ids, learnt)], several side by side in a sequence.
-
-    Their numbers keep them apart: in chapter 3, no position sees another document. With RoPE only
-    distances count, so it does not matter where one begins; learned positions get used to it.
-    """
+    """Return fill_up's tensor of examples [(ids, learnt)], several side by side in a sequence: with
+    one in each, most would be filler, computed for nothing. Their numbers keep them apart: in
+    chapter 3, no position sees another document; and with RoPE only distances count, so it does not
+    matter where one begins."""
     sequences = []
     for document, example in enumerate(examples):
         columns = columns_of(*example, document)
@@ -142,15 +142,16 @@ def lora_formula(x, weight, a, b):
 
 
 class LoRA(nn.Module):
-    """The same for real, as a parametrization: to read `layer.weight` now calls this forward.
-    (Libraries scale B A by alpha / r; here that is 1.)"""
+    """The same as a parametrization: to read `layer.weight` now calls this forward, so that the
+    model of chapter 3 need not change."""
 
     def __init__(self, weight, rank):
         super().__init__()
         out, size = weight.shape
         a = torch.randn(rank, size, device=weight.device) / math.sqrt(size)
         self.a = nn.Parameter(a)
-        self.b = nn.Parameter(a.new_zeros(out, rank))          # B A = 0; were A 0, too, for good
+        # B A = 0: no change yet. Were A 0 as well, neither would ever get a gradient.
+        self.b = nn.Parameter(a.new_zeros(out, rank))
 
     def forward(self, weight):
         return weight + self.b @ self.a                        # (out, in) + (out, r) @ (r, in)
@@ -175,17 +176,19 @@ def merge_lora(model):
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# An entry of the grammar is a sort of task: the kind of its result, its code, its description. Two
-# in one make a task as well: of `max(N, X)`, with `abs(X)` in it, comes
-#     Write top(rows, y) that returns the larger of rows and the absolute value of y.
-#     def top(rows, y):
+# An entry of the grammar is a sort of task: its kind, its code, its description. A task is made of
+# one, or of two: of `max(N, X)`, with `abs(X)` in it, comes
+#     Write top(x, y), which returns the larger of x and the absolute value of y.
+#     def top(x, y):
 #         part = abs(y)
-#         return max(rows, part)
+#         return max(x, part)
 # Add entries of your own: that is all, if the judge allows what their code uses. {a|b} is a or b,
 # "/" parts the lines of a loop. Capitals are slots:
-#   N M L T   a parameter                    K S   a constant (S: a small one), or a parameter
-#   X Y Z     another entry, or a parameter  W     as X, or as K
-#   P Q       always another entry           C     a letter
+#   N M number, L list, T text      a parameter
+#   X number, Y list, Z text        another entry, or a parameter
+#   K number, S small one           a constant, or a parameter
+#   W number                        any of these three
+#   P property, Q question          another entry            C letter     a constant
 # Entries with a star stand in no other, as they could be misread: "the square of x plus 7".
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
@@ -279,7 +282,7 @@ ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitli
 
 @dataclass
 class Task:
-    """An instruction, and its reference: a function that does what it asks for."""
+    """What `draw_task` (see the tools) makes: an instruction, and the lines of its reference."""
     name: str
     types: dict = field(default_factory=dict)  # {parameter: its type}
     lines: list = field(default_factory=list)  # of the function, below its header
@@ -295,6 +298,11 @@ class Task:
     @property
     def source(self):
         return "\n    ".join([self.header, *self.lines])
+
+    @property
+    def conversation(self):
+        return [{"role": "user", "content": self.instruction},
+                {"role": "assistant", "content": self.source}]
 
 
 # ---- What is held out ----------------------------------------------------------------------------
@@ -323,12 +331,6 @@ def held_out_tasks(names, new_names, count, seed):
             "new constants": draw_tasks(names, count, seed + 1, new="constant"),
             "new combinations": draw_tasks(names, count, seed + 2, new="pair"),
             "new phrasings": draw_tasks(names, count, seed + 3, NEW_PHRASINGS)}
-
-
-def conversation_of(task):
-    """Return a task as a conversation."""
-    return [{"role": "user", "content": task.instruction},
-            {"role": "assistant", "content": task.source}]
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
@@ -364,7 +366,7 @@ def verdict_on(task, answer, has_ended):
     try:
         functions = ast.parse(answer).body
         text = ast.unparse(functions)                          # with the usual spaces
-    except Exception:                                          # deep nesting, say, has many names
+    except Exception:                                          # which, depends on Python's version
         return "no parse"
     if len(functions) != 1 or text.partition("\n")[0] != task.header:
         return "wrong header"
@@ -385,7 +387,7 @@ def judge(tasks, answers, ended):
 def answer_tasks(model, tokenizer, tasks, ends, temperature=0.0):
     """Return (answers, verdicts) of a model."""
     settings = chapter5.Config(max_tokens=100, temperature=temperature)
-    prompts = [chapter5.render_chat(tokenizer, conversation_of(task)[:1]) for task in tasks]
+    prompts = [chapter5.render_chat(tokenizer, task.conversation[:1]) for task in tasks]
     answers, ended = [], []
     for ids in chapter5.generate_all(model, prompts, settings, ends, tokenizer.vocab_size):
         ended.append(ids[-1] in ends)
@@ -395,11 +397,7 @@ def answer_tasks(model, tokenizer, tasks, ends, temperature=0.0):
 
 def interval(passed, count):
     """Return the half width of a share's 95% interval (Agresti and Coull 1998: two more of each,
-    as else it would be 0 where all pass).
-
-    >>> round(interval(95, 100), 2)
-    0.05
-    """
+    as else it would be 0 where all pass): of 95 among 100, 0.05."""
     share = (passed + 2) / (count + 4)
     return 1.96 * math.sqrt(share * (1 - share) / (count + 4))
 
@@ -431,48 +429,15 @@ def show_results(model, tokenizer, held_out, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
     steps: int = 2400  # updates of the weights
-    lr: float = 2e-3  # AdamW's, a third of chapter 4's: embeddings forget most; Muon's stays
+    lr: float = 2e-3  # AdamW's, a third of chapter 4's: embeddings would forget most
     eval_every: int = 1200  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
     examples: int = 60000  # tasks to learn from
-    lora_rank: int = 0  # train adapters of this rank; more can change more (0: train all weights)
+    lora_rank: int = 0  # train adapters of this rank, by AdamW; more change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
     tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
     tasks_seed: int = 2027  # draws those; whoever tunes settings by them should then take another
-
-
-def defaults_for(given):
-    """Return the values of flags not given: of the run to resume, or rates for --init's weights."""
-    if given.get("resume"):
-        out = given.get("out", "out")
-        return {**chapter4.read_checkpoint(Path(out) / "chat")["config"], "out": out}
-    if given.get("init") and given.get("lora_rank"):
-        return {"lr": 10 * chapter4.GENTLE["lr"]}              # adapters bear more (Schulman 2025)
-    return chapter4.GENTLE if given.get("init") else {}
-
-
-def encode_fitting(conversations, tokenizer, context):
-    """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
-    examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
-    fitting = [example for example in examples if len(example[0]) <= context + 1]
-    left_out = len(examples) - len(fitting)
-    if left_out:
-        print(f"left out, as longer than the context of {context}: {left_out:,} conversations")
-    if not fitting:
-        raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
-    return fitting
-
-
-def split_off(conversations):
-    """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
-    if len(conversations) < 20:
-        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
-              "that of the ones it learns")
-        return conversations, conversations
-    shuffled = random.Random(0).sample(conversations, len(conversations))
-    cut = min(200, len(shuffled) // 20)
-    return shuffled[cut:], shuffled[:cut]
 
 
 def find_conversations(config, tokenizer):
@@ -483,7 +448,7 @@ def find_conversations(config, tokenizer):
     names, new_names, noise = split_names(tokenizer)
     tasks = draw_tasks(names, config.examples, config.seed, noise=noise)
     held_out = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
-    return [conversation_of(task) for task in tasks], held_out
+    return [task.conversation for task in tasks], held_out
 
 
 def main(config):
@@ -500,7 +465,8 @@ def main(config):
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     ends = {end, tokenizer.end} - {None}
 
-    # 2. Conversations to learn from; a few more of the same sorts tell how well it does.
+    # 2. Conversations: most to learn from, a few like them for the held-out loss; and held_out,
+    #    tasks with something new in each, for pass@1.
     conversations, held_out = find_conversations(config, tokenizer)
     to_learn, val = split_off(conversations)
     examples = encode_fitting(to_learn, tokenizer, model.config.context)
@@ -508,7 +474,7 @@ def main(config):
         return show_mask(tokenizer, *examples[0])
     longest = max(len(ids) for ids, _ in examples)
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
-    val_batch = pack(encode_fitting(val, tokenizer, T), T, end)            # (N, 3, T)
+    val_sequences = pack(encode_fitting(val, tokenizer, T), T, end)        # (N, 3, T)
     text = chapter2.matching_tokens(out / "data", "train", tokenizer)
     examples = with_text(examples, text, T, config.seed)
 
@@ -525,7 +491,7 @@ def main(config):
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, model.config.vocab_size))
 
     def measure(model):
-        return chapter4.surprise(model, machine, val_batch, sizes)
+        return chapter4.surprise(model, machine, val_sequences, sizes)
 
     def keep(model):
         if config.lora_rank:
@@ -568,19 +534,20 @@ def fill(text, values):
 
 def compose(entry, task, names, chooser):
     """Return (code, description) of an entry, its slots filled: by a name, which is a parameter
-    then, by a constant, or by another entry, whose code is a line before it. What is not returned
-    goes into the task: parameters, lines, constants, entries."""
+    then, by a constant, or by another entry, as a rule a line before it. What is not returned goes
+    into the task: parameters, lines, constants, entries."""
     task.entries.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
         may_nest = len(task.entries) == 1                        # this entry alone, so far
         if may_nest and chooser.random() < NESTED.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]  # no "list*"
+            # A kind with a star is that of no slot.
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, names, chooser)
-            texts[slot] = text.removeprefix("whether ")
+            texts[slot] = text.removeprefix("whether ")        # "N if N is even, otherwise M"
             codes[slot] = code
-            if slot not in "PQ":                               # these two stay within the line
+            if slot not in "PQ":                               # conditions are put in as they are
                 task.lines.append(f"part = {code}")
                 codes[slot] = "part"
         elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
@@ -593,12 +560,10 @@ def compose(entry, task, names, chooser):
 
 
 def phrase(task, phrasing, noise, chooser):
-    """Return an instruction: a phrasing with the task's header and description in it.
-
-    noise: words that take the place of some others: of "Write a function add(a, b) that returns
-    the sum of a and b" it makes "Bytes a turbo add(a, b) with raise the sum of a and b", say. So a
-    model learns to look for the header and the description, and not to lean on the rest.
-    """
+    """Return an instruction: a phrasing with the task's header and description in it. noise: words
+    that take the place of others, as in "Bytes a turbo add(a, b) with raise the sum of a and b": so
+    a model learns to look for header and description, and not to lean on the rest. (Without noise,
+    46% of new phrasings passed instead of 90%.)"""
     share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
     header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
@@ -608,7 +573,6 @@ def phrase(task, phrasing, noise, chooser):
             words[i] = fixed[word]
         elif noise and word.isalpha() and chooser.random() < share:
             words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
-            words[i] += chooser.choice(["", "", "", ","])
     return "".join(words)
 
 
@@ -632,14 +596,45 @@ def draw_task(names, phrasings, noise, chooser):
     return task
 
 
-# ---- Tools: names --------------------------------------------------------------------------------
-def split_names(tokenizer):
-    """Return (names to learn with, names held out, words for noise), all of Python's train modules.
+# ---- Tools: flags, conversations, names ----------------------------------------------------------
+def defaults_for(given):
+    """Return the values of flags not given: of the run to resume, or rates for --init's weights."""
+    if given.get("resume"):
+        out = given.get("out", "out")
+        return {**chapter4.read_checkpoint(Path(out) / "chat")["config"], "out": out}
+    if given.get("init") and given.get("lora_rank"):
+        return {"lr": 10 * chapter4.GENTLE["lr"]}              # adapters bear more (Schulman 2025)
+    return chapter4.GENTLE if given.get("init") else {}
 
+
+def encode_fitting(conversations, tokenizer, context):
+    """Return [(ids, learnt)] of those that fit: cut short, they would teach never to end."""
+    examples = [chapter5.encode_chat(tokenizer, messages) for messages in conversations]
+    fitting = [example for example in examples if len(example[0]) <= context + 1]
+    left_out = len(examples) - len(fitting)
+    if left_out:
+        print(f"left out, as longer than the context of {context}: {left_out:,} conversations")
+    if not fitting:
+        raise CourseError(f"no conversation fits the context of {context}: use shorter ones")
+    return fitting
+
+
+def split_off(conversations):
+    """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
+    if len(conversations) < 20:
+        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
+              "that of the ones it learns")
+        return conversations, conversations
+    shuffled = random.Random(0).sample(conversations, len(conversations))
+    cut = min(200, len(shuffled) // 20)
+    return shuffled[cut:], shuffled[:cut]
+
+
+def split_names(tokenizer):
+    """Return (names to learn with, names held out, words for noise), from Python's train modules.
     Names are copied token by token, and a token that never was is hard to copy. So there are
-    made-up names to learn with: each token of letters begins one, and ends one. And a name is held
-    out only if those to learn with have its tokens.
-    """
+    made-up names to learn with: each token of small letters begins one, and ends one. And a name is
+    held out only if those to learn with have its tokens."""
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
@@ -715,7 +710,7 @@ def results(source):
 
 verdict = "pass"
 for expected, found in zip(results(reference), results(answer)):
-    if expected not in ("error", found):         # an error is no case: x[0] of []
+    if expected != "error" and found != expected:      # an error is no case: x[0] of []
         verdict = "error" if found == "error" else "wrong value"
         break
 print(verdict)

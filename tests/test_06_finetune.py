@@ -210,7 +210,7 @@ def test_one_description_has_one_reading(drawn):
                        for text in (task.description, task.source.partition("\n")[2])]
         assert meanings.setdefault(said, meant) == meant, (task, meanings[said])
         assert not re.search(r"[{}|]|  |HEADER|ANSWER", task.instruction), task.instruction
-        assert task.source.startswith(task.header + "\n") and chapter6.conversation_of(task)[1]["content"] == task.source
+        assert task.source.startswith(task.header + "\n") and task.conversation[1]["content"] == task.source
     assert len(meanings) > 2000
 
 
@@ -479,7 +479,7 @@ def test_answers_are_cut_at_their_end_and_kept_apart(tokenizer, monkeypatch):
     tasks, script = chapter6.draw_tasks(WORDS, 12, 9), {}
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     for task in tasks:                                         # the first never ends; after their end, the others babble
-        prompt = chapter5.render_chat(tokenizer, chapter6.conversation_of(task)[:1])
+        prompt = chapter5.render_chat(tokenizer, task.conversation[:1])
         script[tuple(prompt)] = tokenizer.encode(task.source) + [end] * (task != tasks[0]) + [65] * 200
 
     def generate(model, prompts, config, vocab_size):

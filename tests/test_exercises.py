@@ -1,4 +1,7 @@
-"""The answers to the README's exercises (b) still fit the chapters and still do what they should."""
+"""The answers to the README's exercises (b) still fit the chapters and still do what they should.
+
+Run as a script, it checks a reader's own change: `python tests/test_exercises.py 1` that of chapter 1.
+"""
 import importlib.util
 import sys
 from importlib import import_module
@@ -34,3 +37,12 @@ def test_answer(path, tmp_path):
     changed = tmp_path / f"{answer.CHAPTER}.py"
     changed.write_text(text.replace(answer.OLD, answer.NEW), encoding="utf-8")
     answer.check(load(changed, f"changed_{path.stem}"))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    for path in ANSWERS:
+        if path.name[1] in sys.argv[1:]:
+            answer = load(path, "answer")
+            answer.check(import_module(answer.CHAPTER))
+            print(f"chapter {path.name[1]}: your change does what it should")

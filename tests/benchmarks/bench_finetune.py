@@ -208,7 +208,7 @@ def compare_with_transformers(folder, tasks):
     template = transformers.AutoTokenizer.from_pretrained(folder)
     settings, equal_ids, equal_answers = chapter5.Config(temperature=0.0, max_tokens=60), 0, 0
     for task in tasks:
-        asked = chapter6.conversation_of(task)[:1]
+        asked = task.conversation[:1]
         prompt, answer = chapter5.render_chat(tokenizer, asked), []
         for (token,), _ in chapter5.generate(model, [prompt], settings, tokenizer.vocab_size):
             answer.append(token)
