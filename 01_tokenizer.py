@@ -37,19 +37,19 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 # Legend
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
-#   id         the number of a token: 0..255 are the bytes, then merged pairs, then special tokens
+#   id         the number of a token; in ours, 0..255 are the bytes, then pairs, then special tokens
 # Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
 
 # Why cut a text before merging? So that a token ends where a word does: else "dog.", "dog!" and
 # "dog?" would be three tokens, and a model would have to learn "dog" three times. It also saves
-# time: of millions of chunks few differ. \p{L} is a letter, \p{N} a digit, \s white space.
+# time: millions of chunks are mostly the same few. \p{L}: letter, \p{N}: digit, \s: white space.
 PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
     r"[^\r\n\p{L}\p{N}]?\p{L}+",    # a word, with one space or sign before it: " the", "_name"
     r"\p{N}{1,3}",                  # up to three digits: 2026 is "202", "6"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",   # signs: " +=", or "):" with the line end after it
     r"\s*[\r\n]",                   # line ends, with the spaces before them
-    r"\s+(?!\S)|\s+",               # spaces; before a word, the last one is left to it
+    r"\s+(?!\S)|\s+",               # spaces; of several, the last is left to the word after it
 ])
 # Special tokens are marks between texts and never text: whoever types "<|im_start|>" gets 12
 # ordinary characters. So no user can end a document, or speak for somebody else in a chat.
@@ -61,7 +61,7 @@ SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
 # ---- Training, by its definition -----------------------------------------------------------------
 def merge(tokens, pair, new):
-    """Return `tokens`, their ids or their bytes, with each `pair` of neighbours replaced by `new`.
+    """Return tokens, as ids or as bytes, with each `pair` of neighbours replaced by `new`.
 
     >>> merge([97, 97, 97, 98], (97, 97), 256)     # from left to right
     [256, 97, 98]
@@ -69,7 +69,7 @@ def merge(tokens, pair, new):
     left, right = pair
     merged = []
     for token in tokens:
-        if token == right and merged and merged[-1] == left:
+        if token == right and merged and merged[-1] == left:       # the left one is there already
             merged[-1] = new
         else:
             merged.append(token)
@@ -116,10 +116,10 @@ def learn_merges(chunks, how_many):
     # 1. Lay the chunks side by side, count their pairs, and note where these stand.
     ids = [GAP]
     times = [0]                                  # how often the chunk at each position occurs
-    counts = Counter()                           # {pair: how often it occurs now}
-    changes = Counter()                          # {pair: its changes since}: to be queued just once
+    counts = Counter()                           # {pair: how often it occurs, as of step 2}
+    changes = Counter()                          # {pair: what step 2 is to add}: so it queues once
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: the bytes that it covers}
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: how many bytes it covers}
     queue = []                                   # a heap of (-count, pair): the commonest on top
     merges = []
     for chunk, n in chunks.items():
@@ -141,7 +141,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # none is left (step 3 may go below 0)
+        del counts[best]                         # all go now ("aaa" takes one too many: harmless)
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -152,8 +152,8 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # the inside of the new token
-            ids[i] = ids[end - 1] = new          # written last: one of two bytes has no inside
+            ids[middle - 1] = ids[middle] = GAP  # inside, so that old positions fit no longer
+            ids[i] = ids[end - 1] = new          # written last: of two bytes, these are the same
             before, after, n = ids[i - 1], ids[end], times[i]
             changes[before, left] -= n
             changes[right, after] -= n
@@ -166,9 +166,10 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back. `data`: a tokenizer.json, ours or GPT-2's, which spells bytes as
-    letters: to_bytes and read_pair (at the file's end) undo that. tokens: {bytes: id}; bytes_of:
-    {id: bytes}; merges: [(bytes, bytes)]; special_tokens: {text: id}; first, end: ids, or None."""
+    """Text to ids and back. `data`: a tokenizer.json; its "model" is {"vocab": {"Ġthe": 262...},
+    "merges": [["Ġ", "t"]...]}, bytes spelled as letters: to_bytes and read_pair (tools) undo that.
+    tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)];
+    special_tokens: {text: id}; first, end: ids, or None."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -190,17 +191,17 @@ class Tokenizer:
     def _encode_chunk(self, chunk):
         """Return the ids of one chunk: what was learnt first is merged first, as in training."""
         whole = chunk.encode("utf-8", "replace")
-        if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3
+        if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3 only
             return [self.tokens[whole]]
         parts = [bytes([byte]) for byte in whole]
-        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # pairs that were learnt
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours to be merged
             pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))
         return [self.tokens[part] for part in parts]
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        if self.data.get("normalizer"):                    # Qwen's is NFC: "e" + "´" becomes "é"
+        if self.data.get("normalizer"):                    # Qwen's is NFC: "e", U+0301: "é"
             text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
         for pattern in self._patterns:                     # each cuts the pieces of the one before
@@ -247,7 +248,7 @@ def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOK
     return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
 
 
-# ---- Which texts are held out --------------------------------------------------------------------
+# ---- Which texts are held out, from the tokenizer, too -------------------------------------------
 def split_of(text):
     """85% "train", 5% "val" to choose settings by, 10% "test" for the end. A hash, a number that
     looks random but follows from the text, decides: so no text ever moves from test to train."""
@@ -397,7 +398,7 @@ NOT_READ = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 
 
 def find_files(name, downloads):
-    """Return the files of "python" (its library less tests), a file, folder, glob or download."""
+    """Return the files of "python" (most of its library), a file, folder, glob or download."""
     if name == "python":
         library = Path(os.__file__).parent
         return sorted(file for file in library.rglob("*.py")

@@ -39,7 +39,7 @@ CourseError = chapter1.CourseError
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T, but for chapter 5
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-# Tools, at the file's end: `attention_in_blocks`, `find_preset`, `model.save` and `GPT.load`.
+# Tools, at the file's end: attention in blocks, presets, `model.save`, `GPT.load`. F.x: of torch.
 
 
 # ---- Attention, by its definition ----------------------------------------------------------------
@@ -54,7 +54,7 @@ CourseError = chapter1.CourseError
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
     """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
-    q = q / math.sqrt(q.shape[-1])               # here, as q is smaller than the scores
+    q = q / math.sqrt(q.shape[-1])               # of q: fewer numbers than the scores
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
@@ -63,12 +63,13 @@ def attention_formula(q, k, v, visible=None):
 
 
 def who_sees(T, S, documents=None, device=None):
-    """Return the causal mask (T, S), True where one may look; the last T of S positions ask. Each
-    sees itself and those before it: it is to guess the next token, not to copy it. With `documents`
-    (B, S), a number per text (chapter 6 joins several short ones), it sees its own text only.
+    """Return the causal mask (T, S), True where one may look: each position sees itself and those
+    before it, as it is to guess the next token, not to copy it. The last T of S positions ask
+    (chapter 5 has read the others before). With `documents` (B, S), a number per text (chapter 6),
+    it sees its own text only.
 
-    >>> who_sees(2, 3).tolist()
-    [[True, True, False], [True, True, True]]
+    >>> who_sees(3, 3).tolist()
+    [[True, False, False], [True, True, False], [True, True, True]]
     """
     positions = torch.arange(S, device=device)
     visible = positions <= positions[S - T:, None]             # (S) <= (T, 1) -> (T, S)
@@ -81,8 +82,8 @@ def who_sees(T, S, documents=None, device=None):
 # ---- Attention, for real -------------------------------------------------------------------------
 def choose_attention(kind, S):
     """Return what "auto" stands for: the formula is fast up to 256 keys, as by default; for more,
-    torch's "fused" kernel: in parts that fit the processor's fastest memory, it never holds all
-    scores. ("blocks" does the same by hand, as far as that goes in Python.)"""
+    torch's "fused" kernel is: in parts that fit the processor's fastest memory, it never holds all
+    scores. ("blocks" saves some of that memory by hand.)"""
     if kind == "auto":
         return "formula" if S <= 256 else "fused"
     return kind
@@ -91,11 +92,11 @@ def choose_attention(kind, S):
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
     kind = choose_attention(kind, k.shape[2])
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:                               # grouped heads: so many of them share keys
-        k = k.repeat_interleave(groups, dim=1)   # (B, K, S, D) -> (B, H, S, D)
-        v = v.repeat_interleave(groups, dim=1)   # the same
-    if kind == "fused":                          # without mask it hides later keys
+    sharers = q.shape[1] // k.shape[1]           # grouped heads: so many share each key head
+    if sharers > 1:
+        k = k.repeat_interleave(sharers, dim=1)  # (B, K, S, D) -> (B, H, S, D)
+        v = v.repeat_interleave(sharers, dim=1)
+    if kind == "fused":                          # as agreed in choose_mask
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -103,13 +104,22 @@ def attention(q, k, v, visible=None, kind="formula"):
     return attention_formula(q, k, v, visible)
 
 
+def choose_mask(kind, T, S, documents, device):
+    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
+    later positions (not other documents) by itself, which is faster."""
+    kind = choose_attention(kind, S)
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None
+    return who_sees(T, S, documents, device)
+
+
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
 # Attention alone does not see the order of words. RoPE turns each pair (x, y), the numbers i and
 # i + D/2 of a query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
-# The product of two such pairs depends on the angle between them: for a query at m and a key at n
-# that is the angle they had, plus (m - n) w. So only the distance counts: with w = 0.1, positions
-# 7 and 5 add 0.2 to it, as 102 and 100 do. Every pair turns at a speed w of its own: the fast ones
+# The product of two such pairs is their lengths times the cosine of the angle between them: that is
+# the angle they had, plus (m - n) w. So only the distance counts: with w = 0.1, positions 7 and 5
+# add 0.2 to it, as 102 and 100 do. Every pair turns at a speed w of its own: the fast ones
 # tell neighbours apart, but a full circle later look the same; the slow ones tell near from far.
 def rope_angles(config, positions):
     """Return cos and sin, each (T, D/2), of the angles at each position (T), for `rotate`."""
@@ -129,18 +139,18 @@ def rotate(heads, cos, sin):
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
-    """Divide x (..., width) by its root mean square, so that sums that grew stay near 1 in size;
-    then multiply each number by a learned weight."""
+    """Divide x (..., width), which grows with every sum, by its root mean square: its size is then
+    about 1 again; and multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps), in one call. (nn.RMSNorm's own forward warns at 16 bits.)
+        # x / sqrt(mean(x^2) + eps). (nn.RMSNorm has weight and eps; its forward warns at 16 bits.)
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 MLPS = {  # name: (activation function, which bends numbers; whether there is a gate matrix)
-    "swiglu": (F.silu, True),                    # x / (1 + e^-x)
-    "gelu": (nn.GELU("tanh"), False),            # x times P(a Gaussian is below x), nearly
+    "swiglu": (F.silu, True),                    # x / (1 + e^-x): x far above 0, 0 far below
+    "gelu": (nn.GELU("tanh"), False),            # much the same curve
 }
 KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
          "attention": ["auto", "formula", "blocks", "fused"]}
@@ -216,14 +226,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
-        if self.config.positions == "rope":                        # not v: what, not where
+        if self.config.positions == "rope":                        # not v: it tells what, not where
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         return q, k, v
 
     def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
-        if cache is not None:                                      # chapter 5 keeps a layer's k, v
+        if cache is not None:                                      # chapter 5 keeps each layer's
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H*D) -> (B, T, C)
@@ -269,15 +279,6 @@ class Block(nn.Module):
         return x + self.dropout(y)
 
 
-def choose_mask(config, T, S, documents, device):
-    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
-    later positions (not other documents) by itself, which is faster."""
-    kind = choose_attention(config.attention, S)
-    if documents is None and (T == 1 or (kind == "fused" and T == S)):
-        return None
-    return who_sees(T, S, documents, device)
-
-
 class GPT(nn.Module):
     """The whole model: model(ids) gives logits (B, T, V)."""
 
@@ -290,6 +291,8 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = NORMS[config.norm](config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
+        # it is read, and what x must look like for it to come next. It saves V x C weights.
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, False)
         # Small random numbers to begin with: the loss is near that of a guess.
         for name, weight in self.named_parameters():
@@ -311,7 +314,7 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        visible = choose_mask(self.config, T, S, documents, ids.device)
+        visible = choose_mask(self.config.attention, T, S, documents, ids.device)
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
@@ -322,8 +325,6 @@ class GPT(nn.Module):
             cache.length = S
         if last_only:
             x = x[:, -1:]                                          # (B, T, C) -> (B, 1, C)
-        # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
-        # it is read, and what x must look like for it to come next. It saves V x C weights.
         table = (self.lm_head or self.embed_tokens).weight         # (V, C)
         return F.linear(self.norm(x), table)                       # x @ table.T: -> (B, T, V)
 
@@ -334,7 +335,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    Attention multiplies keys and values, too, T / 2 on average: like C T weights a block."""
+    It also meets T / 2 keys and values of C numbers on average: like C T weights more a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -342,19 +343,19 @@ def show_parts(config):
         total += part.numel()
         if "layers." not in name or ".0." in name:
             print(f"{part.numel():12,}  {name}", list(part.shape))
-    products = config.layers * config.heads * config.head_width * config.context
+    attention_work = config.layers * config.heads * config.head_width * config.context
     print(f"{total:,} parameters with all {config.layers} layers, "
-          f"{6 * (total + products) / 1e6:,.1f} MFLOP to train on a token")
+          f"{6 * (total + attention_work) / 1e6:,.1f} MFLOP to train on a token")
 
 
 def show_causality(config):
-    """Print how much a random model's logits change when later tokens do: not at all."""
+    """Print how much a random model's logits change with later tokens: those before, not at all."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
     half = min(64, config.context // 2)
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half
-    first, second = (model(ids) - logits).abs().split(half, dim=1)
+    first, second = (model(ids) - logits).abs().split(half, dim=1)             # (1, half, V) each
     print(f"another second half changes its logits by {second.max():.0e}, "
           f"those before by {first.max():.0e}")
 
@@ -383,7 +384,7 @@ PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 tra
     "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768)}
 PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
     f"\n  {name}: {values}" for name, values in PRESETS.items())
-SHAPE = vars(GPTConfig())
+SHAPE = [*vars(GPTConfig())]  # the names of its settings
 
 
 @dataclass
@@ -466,7 +467,7 @@ def read_config(data):
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
     found = {ours: data[theirs] for ours, theirs in settings.items() if theirs in data}
-    return GPTConfig(**{"heads": 0, **parts, **found})         # if it does not say, 0 is refused
+    return GPTConfig(**{"heads": 0, **parts, **found})         # no tensor tells heads: not 0, then
 
 
 def write_config(config):
@@ -487,11 +488,11 @@ def family_tensors(model, family):
     """Return {name in a family's file, less its prefix: [our parameters, side by side in it]}."""
     tensors = {}
     for name, view in model.state_dict().items():
-        if family == "gpt2":                     # its q, k and v are joined
+        if family == "gpt2":
             name = ".".join([GPT2_NAMES.get(part, part) for part in name.split(".")])
             if name.startswith("h.") and view.ndim == 2:
                 view = view.T                    # and its matrices are (in, out)
-        tensors.setdefault(name, []).append(view)
+        tensors.setdefault(name, []).append(view)                  # GPT-2's q, k, v are joined
     return tensors
 
 

@@ -5,8 +5,8 @@ nats: minus the natural log of the probability that it gave to what really came)
 weight how the loss would change with it (the gradient), and move the weight a little the other way
 (how far is the learning rate). Then again, some thousand times:
 
-    batch -> model -> loss -> backward -> gradients -> clip -> optimizer -> weights -+
-      ^------------------------------ the next step ---------------------------------+
+    batch -> model -> loss -> backward -> gradients -> optimizer -> weights -+
+      ^-------------------------- the next step -----------------------------+
 
 Run:    python 04_train.py                    picks device, precision and preset; all are flags
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
@@ -37,10 +37,10 @@ chapter3 = import_module("03_model")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences of a micro-batch, R of a step     T  tokens of a sequence     V  vocabulary
+#   B  sequences of a micro-batch, R of a step (B in chapter 2)     T  tokens each     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
-# Tools, at the file's end: Machine (`split` gives this process's micro-batches, `autocast` products
-# in 16 bits, `total` a sum over all GPUs), `rescue` (Ctrl-C, full memory), checkpoint and log.
+# Tools, at the file's end: checkpoint, log, `rescue` (Ctrl-C, full memory) and Machine: each of
+# several GPUs runs this whole file; `split` gives it its share, `total` sums over all of them.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt, in chapter 6
 
 
@@ -63,8 +63,7 @@ def train_naive(model, batch, config):
         logits = model(x)                                          # (R, T) -> (R, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())  # (R T, V), (R T) -> mean, nats
         loss.backward()                                            # adds each gradient to .grad
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * lr_scale(step, config)
+        optimizer.param_groups[0]["lr"] = config.lr * lr_scale(step, config)   # of all weights
         optimizer.step()                                           # moves the weights
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -72,7 +71,7 @@ def train_naive(model, batch, config):
 
 
 # ---- What a step needs: loss and optimizers ------------------------------------------------------
-COLUMNS = ["loss"]  # for a second term, add a name here and a sum to the stack below
+TERMS = ["loss"]  # each a column of the log; for a second one, add a sum to the stack below, too
 
 
 def loss_sums(logits, y):
@@ -91,20 +90,19 @@ def loss_sums(logits, y):
 #           stretch it between. In gradients, a few directions drown all others: Muon takes their
 #           average (momentum), with all s near 1: (10, 0.1) becomes (1, 1); rare ones are learnt.
 def orthogonalise(matrices):
-    """Return matrices (N, rows, columns) with all singular values near 1, their directions kept:
-    u @ vh of u, s, vh = torch.linalg.svd(X, False), but by products alone, as that is faster.
-    Newton-Schulz: turns undo each other (V^T V = 1), so X X^T X is U s^3 V^T, and the singular
-    values of a X + b (X X^T) X + c (X X^T)^2 X are a s + b s^3 + c s^5. With these a, b, c, five
-    rounds bring any s between 0.01 and 1 to between 0.68 and 1.14, and bfloat16 will do."""
+    """Return matrices X (N, rows, columns) with all singular values near 1: u @ vh of u, s, vh =
+    torch.linalg.svd(X, False), but faster. Newton-Schulz: a s + b s^3 + c s^5 with the a, b, c
+    below, five times over, brings any s between 0.01 and 1 to between 0.68 and 1.14. Products do so
+    to all s at once, as turns undo each other (V^T V = 1): X X^T X = U s^3 V^T. In bf16, too."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
     x = (matrices / length.clamp(min=1e-7)).bfloat16()
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
-        square = x @ x.mT                                          # S = X X^T, (N, rows, rows)
-        bend = torch.baddbmm(square, square, square, beta=b, alpha=c)          # b S + c S S
-        x = torch.baddbmm(x, bend, x, beta=a)                      # a X + bend X
+        square = x @ x.mT                                          # X X^T, (N, rows, rows)
+        bend = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b square + c square^2
+        x = torch.baddbmm(x, bend, x, beta=a)                      # a x + bend @ x
     return x
 
 
@@ -127,8 +125,8 @@ class Muon(torch.optim.Optimizer):
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 0.05)       # .95 old + .05 new, in place
             update = orthogonalise(average.lerp(gradient, 0.05))   # Nesterov: the newest once more
-            # The numbers of a change have a mean size of 1 / sqrt(longer side). AdamW's moves have
-            # one of about 0.2 lr: made equal to that, AdamW's usual rates are a start for Muon.
+            # Times 0.2 sqrt(longer side), the numbers of a change are about 0.2 in size, as those
+            # of AdamW: so its usual rates are a start.
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
@@ -166,68 +164,37 @@ def make_optimizers(model, config):
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
 #          loss, and so all of them, by a factor. If some overflow: no step, and half the factor
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
-GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
-
-
-@dataclass
-class TrainingConfig:
-    """How to train. Of all settings the learning rates matter most, so tune them first: try a third
-    of them, and three times as much. Larger models want lower ones."""
-    steps: int = 2800  # updates of the weights; the learning rate falls to zero after the last
-    batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
-    micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
-    optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
-    lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
-    matrix_lr: float = 0.01  # Muon's learning rate for matrices
-    weight_decay: float = 0.1  # pull towards zero, per step and unit of learning rate
-    warmup: int = 20  # steps over which the learning rate rises
-    clip: float = 1.0  # longest gradient taken as it is; a longer one is shortened (0: none)
-    seed: int = 1  # of the weights, of the order of the data and of dropout
-    eval_every: int = 400  # steps between evaluations (each also saves)
-    eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
-    device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
-    precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
-    compile: bool = True  # let torch.compile join operations: fewer trips to memory (never on mps)
-    init: str = ""  # folder with weights and tokenizer to start from
-    resume: bool = False  # go on with the run that stopped, with its settings
-    out: str = "out"  # folder below which everything is written
-
-    def __post_init__(self):
-        if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
-            raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
-        if self.optimizer not in OPTIMIZERS or self.precision not in DTYPES:
-            raise CourseError(f"--optimizer: one of {[*OPTIMIZERS]}; --precision: of {[*DTYPES]}")
 
 
 def train(model, batch, config, machine, folder, measure, keep):
     """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
-    documents of chapter 6, each (R, T). take_stock calls measure(model) -> held-out loss, bits per
-    byte, and keep(model), to store it, where it is the best so far: `main` has such functions."""
+    documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
+    stores the best so far. `main` makes all three."""
     model.train()                                                  # with dropout
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
-    parts = {"model": model, "scaler": scaler, **optimizers}
+    to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
-        log = restore(parts, folder, config) if config.resume else []
+        log = restore(to_save, folder, config) if config.resume else []
         compiled_sums = compile_parts(model, batch(0), config, machine)
         for step in range(len(log), config.steps):
             start = time.time()
 
             # 1. Learning rates and dropout's random numbers follow from the step: nothing to save.
-            scale = lr_scale(step, config)
+            schedule = lr_scale(step, config)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = scale * optimizer.defaults["lr"]
+                    group["lr"] = schedule * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. Each loss is a sum, divided by the targets of the whole step: so the gradients of
-            #    parts add up to the step's. With means, a target among few would count more.
+            # 2. Each loss is a sum, divided by the targets of the whole step: so gradients of
+            #    micro-batches add up to its own. With means, a target among few would count more.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             step_terms = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = compiled_sums(model(x, *documents), y) / count     # as COLUMNS: (1)
+                    terms = compiled_sums(model(x, *documents), y) / count     # (1), as TERMS
                 scaler.scale(terms.sum()).backward()
                 step_terms += terms.detach()
 
@@ -254,17 +221,17 @@ def train(model, batch, config, machine, folder, measure, keep):
             tokens = whole[0].numel()
             seconds = time.time() - start
             log.append({"step": step + 1, "tokens": tokens * (step + 1), "seconds": seconds,
-                        **dict(zip(COLUMNS, values)), "grad_norm": length, "lr_scale": scale,
+                        **dict(zip(TERMS, values)), "grad_norm": length, "lr_scale": schedule,
                         "tokens_per_second": tokens / seconds})
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(length):          # above 1, it skips
+            if scaler.get_scale() <= 1 and not math.isfinite(length):          # above 1: skipped
                 raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
                 if machine.rank == 0:
-                    take_stock(parts, log, config, folder, measure, keep)
+                    take_stock(to_save, log, config, folder, measure, keep)
                 machine.total(torch.zeros(1))                      # the others wait for it
             if stops and len(log) < config.steps:
                 print(f"stopped after step {len(log)} and saved: --resume goes on")
@@ -311,6 +278,39 @@ def draw_curves(log, path):
 
 
 # ---- The script ----------------------------------------------------------------------------------
+GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
+
+
+@dataclass
+class TrainingConfig:
+    """How to train. Of all settings the learning rates matter most, so tune them first: try a third
+    of them, and three times as much. Larger models want lower ones."""
+    steps: int = 2800  # updates of the weights; the learning rate falls to zero after the last
+    batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
+    micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
+    optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
+    lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
+    matrix_lr: float = 0.01  # Muon's learning rate for matrices
+    weight_decay: float = 0.1  # pull towards zero, per step and unit of learning rate
+    warmup: int = 20  # steps over which the learning rate rises
+    clip: float = 1.0  # longest gradient taken as it is; a longer one is shortened (0: none)
+    seed: int = 1  # of the weights, of the order of the data and of dropout
+    eval_every: int = 400  # steps between evaluations (each also saves)
+    eval_tokens: int = 65536  # held-out tokens looked at, spread over the split (0: all)
+    device: str = ""  # cpu, cuda, cuda:1, mps (default: the fastest there is)
+    precision: str = ""  # of the products: fp32, bf16 or fp16 (default: by the device)
+    compile: bool = True  # let torch.compile join operations: fewer trips to memory (never on mps)
+    init: str = ""  # folder with weights and tokenizer to start from
+    resume: bool = False  # go on with the run that stopped, with its settings
+    out: str = "out"  # folder below which everything is written
+
+    def __post_init__(self):
+        if min(self.steps, self.batch_tokens, self.micro_batch, self.eval_every) < 1:
+            raise CourseError("--steps, --batch-tokens, --micro-batch, --eval-every: at least 1")
+        if self.optimizer not in OPTIMIZERS or self.precision not in DTYPES:
+            raise CourseError(f"--optimizer: one of {[*OPTIMIZERS]}; --precision: of {[*DTYPES]}")
+
+
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
     vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
@@ -342,9 +342,9 @@ def main(config):
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)
-        config.vocab_size = math.ceil(V / 64) * 64                 # 64: for speed
+        config.vocab_size = math.ceil(V / 64) * 64
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
-    vars(config).update(vars(model.config))        # there, GPTConfig has filled in the zeros
+    vars(config).update(vars(model.config))        # only there have the zeros been filled in
     model.to(machine.device).eval()
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -458,7 +458,7 @@ def compile_parts(model, whole, config, machine):
     """Compile a model's blocks (one code serves all) and norm, in place; return loss_sums, too."""
     if not machine.compile:
         return loss_sums
-    print("compiling: up to half a minute")                        # and a trial, if it can be done
+    print("compiling: up to half a minute")
     for part in [*model.layers, model.norm]:
         part.compile()
     sums = torch.compile(loss_sums)
@@ -467,7 +467,7 @@ def compile_parts(model, whole, config, machine):
     try:
         with machine.autocast():
             terms = sums(model(x, *documents), y)
-        terms.sum().backward()
+        terms.sum().backward()                                     # a trial: it may fail
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"not compiled, so slower: {str(error).splitlines()[0]}")
         torch.compiler.set_stance("force_eager")                   # from now on, nothing is

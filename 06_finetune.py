@@ -14,7 +14,7 @@ Run:    python 06_finetune.py                              tunes out/base, write
         python 06_finetune.py --conversations mine.jsonl   your own questions and answers
         python 06_finetune.py --lora-rank 8                trains thin adapters, not all weights
 Prints: how many answers, run on test inputs, return what they should, and what went wrong (pass@1:
-        the share of tasks whose first answer passes)
+        the share of tasks whose first answer passes); what is left of chapter 4's skill
 Source: Ouyang et al. 2022 (instruction tuning), Hu et al. 2021 (LoRA), OpenAI 2023 (ChatML),
         Chen et al. 2021 (pass@1)
 """
@@ -50,7 +50,6 @@ IGNORED = chapter4.IGNORED
 
 # Legend
 #   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
-#   learnt     for each id, whether it counts in the loss
 #   entry      a line of the grammar below
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
@@ -61,7 +60,8 @@ IGNORED = chapter4.IGNORED
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
-# encode_chat in chapter 5 has made its ids, and said which of them are learnt: the loss mask.
+# Chapter 5's encode_chat gives its ids, and `learnt`, the loss mask: for each, whether it counts in
+# the loss (the answer and its end mark do).
 def columns_of(ids, learnt, document=0):
     """Return, for each position but the last, a column (id, target, document) of its sequence.
 
@@ -83,8 +83,8 @@ def fill_up(sequences, T, filler):
 
 # ---- For real: several conversations in a sequence -----------------------------------------------
 def pack(examples, T, filler):
-    """Return fill_up's tensor of examples [(ids, learnt)], several side by side in a sequence: with
-    one in each, most would be filler, computed for nothing. Their numbers keep them apart: in
+    """Join examples [(ids, learnt)], one after the other, to sequences; return fill_up's tensor.
+    With one in each, most would be filler, computed for nothing. Their numbers keep them apart: in
     chapter 3, no position sees another document; and with RoPE only distances count, so it does not
     matter where one begins."""
     sequences = []
@@ -137,7 +137,7 @@ def show_mask(tokenizer, ids, learnt):
 # and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
 # averages; at this size it saves neither time nor memory.
 def lora_formula(x, weight, a, b):
-    """Return what a linear layer with an adapter computes: x (T, in) -> (T, out)."""
+    """Return what a linear layer with an adapter, a (r, in) and b (out, r), computes."""
     return x @ weight.T + (x @ a.T) @ b.T        # (T, in) @ (in, r) @ (r, out) -> (T, out)
 
 
@@ -147,11 +147,11 @@ class LoRA(nn.Module):
 
     def __init__(self, weight, rank):
         super().__init__()
-        out, size = weight.shape
-        a = torch.randn(rank, size, device=weight.device) / math.sqrt(size)
-        self.a = nn.Parameter(a)
+        outputs, inputs = weight.shape
+        a = torch.randn(rank, inputs, device=weight.device) / math.sqrt(inputs)
+        self.a = nn.Parameter(a)                               # (r, in)
         # B A = 0: no change yet. Were A 0 as well, neither would ever get a gradient.
-        self.b = nn.Parameter(a.new_zeros(out, rank))
+        self.b = nn.Parameter(a.new_zeros(outputs, rank))      # (out, r)
 
     def forward(self, weight):
         return weight + self.b @ self.a                        # (out, in) + (out, r) @ (r, in)
@@ -167,9 +167,9 @@ def add_lora(model, rank):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Return a plain model in whose weights those of the adapters are added for good."""
+    """Return a plain model, the adapters added into its weights."""
     merged = chapter3.GPT(model.config)
-    for name, weight in merged.state_dict().items():
+    for name, weight in merged.state_dict().items():           # weight: shares merged's memory
         layer, _, attribute = name.rpartition(".")             # "layers.0.mlp.up_proj", "weight"
         weight.copy_(getattr(model.get_submodule(layer), attribute))           # weight + B A
     return merged
@@ -182,14 +182,14 @@ def merge_lora(model):
 #     def top(x, y):
 #         part = abs(y)
 #         return max(x, part)
-# Add entries of your own: that is all, if the judge allows what their code uses. {a|b} is a or b,
-# "/" parts the lines of a loop. Capitals are slots:
+# Add entries of your own: that is all, if the judge allows what their code uses. {a|b} is a or b;
+# "/" parts the lines of a loop, between "total = 0" and "return total". Capitals are slots:
 #   N M number, L list, T text      a parameter
 #   X number, Y list, Z text        another entry, or a parameter
 #   K number, S small one           a constant, or a parameter
 #   W number                        any of these three
 #   P property, Q question          another entry            C letter     a constant
-# Entries with a star stand in no other, as they could be misread: "the square of x plus 7".
+# Entries with a star, conditions, loops stand in no other: "the square of x plus 7" can be misread.
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -284,7 +284,7 @@ ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitli
 class Task:
     """What `draw_task` (see the tools) makes: an instruction, and the lines of its reference."""
     name: str
-    types: dict = field(default_factory=dict)  # {parameter: its type}
+    kinds: dict = field(default_factory=dict)  # {parameter: its kind}
     lines: list = field(default_factory=list)  # of the function, below its header
     entries: list = field(default_factory=list)  # the code of its entry, or of two in one
     constants: list = field(default_factory=list)  # (code of an entry, value in it)
@@ -293,7 +293,7 @@ class Task:
 
     @property
     def header(self):
-        return f"def {self.name}({', '.join(self.types)}):"
+        return f"def {self.name}({', '.join(self.kinds)}):"
 
     @property
     def source(self):
@@ -312,7 +312,7 @@ def is_held_out(*what):
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Return tasks with a held-out `new` ("constant", "pair"; "": neither), and with no other."""
+    """Draw until `count` fit: held out in them is `new` ("constant", "pair" or "") and no more."""
     chooser = random.Random(seed)
     lines = phrasings.strip().splitlines()
     tasks = []
@@ -320,7 +320,7 @@ def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
         task = draw_task(names, lines, noise, chooser)
         has_constant = any(is_held_out(*constant) for constant in task.constants)
         has_pair = len(task.entries) == 2 and is_held_out(*sorted(task.entries))
-        if has_constant == (new == "constant") and has_pair == (new == "pair"):
+        if (has_constant, has_pair) == (new == "constant", new == "pair"):
             tasks.append(task)
     return tasks
 
@@ -336,7 +336,7 @@ def held_out_tasks(names, new_names, count, seed):
 # ---- The judge runs the answer -------------------------------------------------------------------
 # What a model writes is a stranger's code. Only what these lists name is ever run (`run_answer`),
 # in a process of its own with little time and memory: no import, no `while`, no attribute but
-# methods of texts.
+# methods of texts and lists.
 VERDICTS = ("no end", "no parse", "wrong header", "not allowed", "error", "wrong value", "pass")
 SYNTAX = set("""Return Assign AugAssign For If IfExp Name Load Store keyword BinOp UnaryOp BoolOp
     Compare Add Sub Mult Div FloorDiv Mod Pow USub Not And Or Eq NotEq Lt LtE Gt GtE In NotIn List
@@ -429,7 +429,7 @@ def show_results(model, tokenizer, held_out, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
     steps: int = 2400  # updates of the weights
-    lr: float = 2e-3  # AdamW's, a third of chapter 4's: embeddings would forget most
+    lr: float = 2e-3  # AdamW's, a sixth of chapter 4's, at which embeddings forget most
     eval_every: int = 1200  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
@@ -533,9 +533,8 @@ def fill(text, values):
 
 
 def compose(entry, task, names, chooser):
-    """Return (code, description) of an entry, its slots filled: by a name, which is a parameter
-    then, by a constant, or by another entry, as a rule a line before it. What is not returned goes
-    into the task: parameters, lines, constants, entries."""
+    """Return (code, description) of an entry, its slots filled: by a parameter's name, a constant,
+    or another entry, whose code becomes a line `part = ...`. What it uses is noted in the task."""
     task.entries.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
@@ -550,20 +549,20 @@ def compose(entry, task, names, chooser):
             if slot not in "PQ":                               # conditions are put in as they are
                 task.lines.append(f"part = {code}")
                 codes[slot] = "part"
-        elif slot == "C" or slot in CONSTANTS and chooser.random() < 0.8:
+        elif slot == "C" or (slot in CONSTANTS and chooser.random() < 0.8):
             codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
             task.constants.append((entry.code, codes[slot]))
         else:
             codes[slot] = texts[slot] = names.pop()
-            task.types[codes[slot]] = KINDS[slot]
+            task.kinds[codes[slot]] = KINDS[slot]
     return fill(entry.code, codes), fill(words, texts)
 
 
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it. noise: words
     that take the place of others, as in "Bytes a turbo add(a, b) with raise the sum of a and b": so
-    a model learns to look for header and description, and not to lean on the rest. (Without noise,
-    46% of new phrasings passed instead of 90%.)"""
+    a model learns to look for header and description, and not to lean on the rest: without noise,
+    half as many new phrasings pass."""
     share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
     header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
@@ -587,7 +586,7 @@ def draw_task(names, phrasings, noise, chooser):
     task = Task(name)
     code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
-        task.types = dict(chooser.sample(list(task.types.items()), len(task.types)))
+        task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
     if entry.kind == "loop":
         task.lines += ["total = 0", *code.split("/"), "return total"]
     else:
@@ -632,23 +631,24 @@ def split_off(conversations):
 
 def split_names(tokenizer):
     """Return (names to learn with, names held out, words for noise), from Python's train modules.
-    Names are copied token by token, and a token that never was is hard to copy. So there are
-    made-up names to learn with: each token of small letters begins one, and ends one. And a name is
+    Names are copied token by token, and a token never seen in a name is hard to copy. So there are
+    made-up names to learn with: each token of small letters begins one, and ends one. A name is
     held out only if those to learn with have its tokens."""
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
             counts.update(re.findall(r"\b[A-Za-z]{2,10}\b", text))
-    used = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
+    taken = {"part", *keyword.kwlist, *dir(builtins), *re.findall("[a-z]+", GRAMMAR + PHRASINGS)}
     words = [word for word in sorted(counts)
-             if counts[word] > 20 and word not in used and re.fullmatch("[a-z]{3,}", word)]
-    new = list(filter(is_held_out, words))
+             if counts[word] > 20 and word not in taken and re.fullmatch("[a-z]{3,}", word)]
+    held_out = list(filter(is_held_out, words))
     pieces = [token.decode().strip() for token in tokenizer.tokens
               if re.fullmatch(b" ?[a-z]+", token)]
     endings = random.Random(0).sample(pieces, len(pieces))
     made_up = map("".join, zip(pieces, endings))
-    to_learn = sorted({*words, *made_up} - {*new} - used)
-    not_noise = {*new, *re.findall("[a-z]{5,}", GRAMMAR)}
+    to_learn = sorted({*words, *made_up} - {*held_out} - taken)
+    # No noise: held-out names, as they would be learnt, and what descriptions are made of.
+    not_noise = {*held_out, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
 
     def tokens_of(name):
@@ -656,7 +656,7 @@ def split_names(tokenizer):
         return set(tokenizer.encode(f" {name}({name}_{name}"))
 
     known = set().union(*map(tokens_of, to_learn))
-    return to_learn, [name for name in new if tokens_of(name) <= known], noise
+    return to_learn, [name for name in held_out if tokens_of(name) <= known], noise
 
 
 # ---- Tools: running an answer beside its reference -----------------------------------------------
@@ -680,7 +680,7 @@ def draw_arguments(task):
         numbers = chooser.choices(chooser.choice(pools), k=variety)
         characters = chooser.choices(letters, k=variety)
         arguments = []
-        for kind in task.types.values():
+        for kind in task.kinds.values():
             size = chooser.choice(sizes)
             values = {"number": chooser.choice(numbers), "list": chooser.choices(numbers, k=size),
                       "text": "".join(chooser.choices(characters, k=size))}

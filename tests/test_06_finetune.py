@@ -159,7 +159,7 @@ def is_the_same(task, answer):
     for _ in range(600):
         few, size = chooser.sample(numbers, 6), chooser.choice([0, 1, 2, 3, 5, 9, 20])
         values = {"list": chooser.choices(few, k=size), "text": "".join(chooser.choices(letters, k=size))}
-        cases.append([values.get(kind, few.pop()) for kind in task.types.values()])
+        cases.append([values.get(kind, few.pop()) for kind in task.kinds.values()])
     pairs = zip(results_of(task, task.source, cases), results_of(task, answer, cases))
     return all(expected in (None, got) for expected, got in pairs)
 
@@ -203,8 +203,8 @@ def test_one_description_has_one_reading(drawn):
     meanings = {}
     for task in drawn:
         words = re.findall(r"'[a-z]'|\w+", task.description)
-        order = [word for word in dict.fromkeys(words) if word in task.types]
-        assert len(order) == len(task.types), task
+        order = [word for word in dict.fromkeys(words) if word in task.kinds]
+        assert len(order) == len(task.kinds), task
         new = {name: f"p{number}" for number, name in enumerate(order)}
         said, meant = [re.sub(r"'[a-z]'|\w+", lambda found: new.get(found[0], found[0]), text)
                        for text in (task.description, task.source.partition("\n")[2])]
@@ -242,14 +242,14 @@ def test_held_out_tasks_differ_from_training_in_one_way_only(drawn):
     sets = chapter6.held_out_tasks(WORDS, NEW_WORDS, 150, 1000)
     assert sets["new names"][:20] == chapter6.held_out_tasks(WORDS, NEW_WORDS, 20, 1000)["new names"]      # by the seed alone
     assert list(sets) == ["new names", "new constants", "new combinations", "new phrasings"]
-    names_learnt = {name for task in drawn for name in (*task.name.split("_"), *task.types)}
+    names_learnt = {name for task in drawn for name in (*task.name.split("_"), *task.kinds)}
     constants_learnt = {constant for task in drawn for constant in task.constants}
     pairs_learnt = {tuple(task.entries) for task in drawn}
     more = [*drawn, *chapter6.draw_tasks(WORDS, 12000, 6)]
     seen_alone = {value for task in more for _, value in task.constants} | {part for pair in pairs_learnt for part in pair}
     assert all(is_phrased(task, chapter6.PHRASINGS) for task in drawn[:100])
     for label, task in [(label, task) for label, tasks in sets.items() for task in tasks]:
-        names = {*task.name.split("_"), *[name for name in task.types if len(name) > 1]}               # besides, x and y may come again
+        names = {*task.name.split("_"), *[name for name in task.kinds if len(name) > 1]}               # besides, x and y may come again
         assert names <= (set(NEW_WORDS) - names_learnt if label == "new names" else set(WORDS))
         new = {constant for constant in task.constants if chapter6.is_held_out(*constant)}
         assert bool(new) == (label == "new constants") and not new & constants_learnt, task

@@ -35,7 +35,7 @@ FEW = 25  # tasks of each held-out set for a base model, which never ends and so
 def in_order(task):
     """Return the parameters of a task in the order in which its description names them."""
     words = re.findall(r"'[a-z]'|\w+", task.description)
-    return [word for word in dict.fromkeys(words) if word in task.types]
+    return [word for word in dict.fromkeys(words) if word in task.kinds]
 
 
 def masked(text, names):
@@ -47,13 +47,13 @@ def masked(text, names):
 def body_of(task, source):
     """Return the body of a function, the names of its parameters masked in the order in which the body uses them."""
     body = source.partition("\n")[2].rstrip()
-    used = [word for word in dict.fromkeys(re.findall(r"'[a-z]'|\w+", body)) if word in task.types]
+    used = [word for word in dict.fromkeys(re.findall(r"'[a-z]'|\w+", body)) if word in task.kinds]
     return masked(body, used)
 
 
 def first_parameter(tasks):
     """The program that copies the signature and returns its first parameter."""
-    return [f"{task.header}\n    return {next(iter(task.types))}" for task in tasks]
+    return [f"{task.header}\n    return {next(iter(task.kinds))}" for task in tasks]
 
 
 def nearest(tasks, training):
