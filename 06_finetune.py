@@ -428,16 +428,16 @@ def show_results(model, tokenizer, held_out, ends):
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
-    steps: int = 2400  # updates of the weights
-    lr: float = 2e-3  # AdamW's, a sixth of chapter 4's, at which embeddings forget most
-    eval_every: int = 1200  # steps between evaluations (each also saves)
+    steps: int = 1800  # updates of the weights
+    lr: float = 1e-3  # AdamW's, a sixth of chapter 4's, at which embeddings forget most
+    eval_every: int = 900  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
-    examples: int = 60000  # tasks to learn from
+    examples: int = 50000  # tasks to learn from
     lora_rank: int = 0  # train adapters of this rank, by AdamW; more change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
     tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
-    tasks_seed: int = 2027  # draws those; whoever tunes settings by them should then take another
+    tasks_seed: int = 2028  # draws those; whoever tunes settings by them should then take another
 
 
 def find_conversations(config, tokenizer):
@@ -563,7 +563,7 @@ def phrase(task, phrasing, noise, chooser):
     that take the place of others, as in "Bytes a turbo add(a, b) with raise the sum of a and b": so
     a model learns to look for header and description, and not to lean on the rest: without noise,
     half as many new phrasings pass."""
-    share = chooser.choice([0, 0, 0.2, 0.5, 1])                # of words that are noise
+    share = chooser.choice([0, 0.5, 1, 1])                     # of words that are noise
     header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
     words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
