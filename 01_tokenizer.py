@@ -3,7 +3,7 @@
 A language model reads numbers. Bytes are the plainest, but a page is thousands of them, and the
 model pays for each; of words there are millions, and ever new ones. Byte-pair encoding (BPE) is in
 between: give the pair of neighbours that occurs most often a number of its own, and repeat. Each
-byte and each merged pair is called a token. No text is ever unknown, since every byte is one.
+byte and each merged pair is called a token. No text is ever unknown, as every byte is a token.
 
     l o w   l o w e r   l o w e s t      14 tokens; the pair (l, o) occurs 3 times
     lo w    lo w e r    lo w e s t       11 tokens; the pair (lo, w) occurs 3 times
@@ -77,7 +77,7 @@ def merge(tokens, pair, new):
 
 
 def learn_merges_naive(chunks, how_many):
-    """Count all pairs, merge the commonest, which shortens the text most, and repeat; return the
+    """Count all pairs, merge the commonest, as that saves most tokens, and repeat; return the
     merged pairs of ids, in order. chunks: {chunk: how often it occurs}. Of equally common pairs the
     one of the lowest ids wins, else the order of the texts would change the ids.
 
@@ -100,7 +100,7 @@ def learn_merges_naive(chunks, how_many):
     return merges
 
 
-# ---- Training, for real: the same merges, hundreds of times sooner -------------------------------
+# ---- Training, for real: the same merges, far sooner ---------------------------------------------
 # A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
 # pairs are counted once, their positions kept: a merge visits those of its pair and mends counts.
 # Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
@@ -115,9 +115,9 @@ def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
     # 1. Lay the chunks side by side, count their pairs, and note where these stand.
     ids = [GAP]
-    times = [0]                                  # how often the chunk at each position occurs
-    counts = Counter()                           # {pair: how often it occurs, as of step 2}
-    changes = Counter()                          # {pair: what step 2 is to add}: so it queues once
+    copies = [0]                                 # how often the chunk at each position occurs
+    counts = Counter()                           # {pair: how often it occurs}
+    changes = Counter()                          # {pair: to be added}: so it is queued once a merge
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: how many bytes it covers}
     queue = []                                   # a heap of (-count, pair): the commonest on top
@@ -128,7 +128,7 @@ def learn_merges(chunks, how_many):
             changes[pair] += n
             positions[pair].append(i)
         ids += [*piece, GAP]
-        times += [n] * (len(piece) + 1)
+        copies += [n] * (len(piece) + 1)
     while len(merges) < how_many:
         # 2. Bring the counts up to date, and choose the commonest pair.
         for pair, change in changes.items():
@@ -141,7 +141,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # all go now ("aaa" takes one too many: harmless)
+        del counts[best]                         # step 3 leaves none ("aaa": -1, never queued)
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -153,8 +153,8 @@ def learn_merges(chunks, how_many):
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
             ids[middle - 1] = ids[middle] = GAP  # inside, so that old positions fit no longer
-            ids[i] = ids[end - 1] = new          # written last: of two bytes, these are the same
-            before, after, n = ids[i - 1], ids[end], times[i]
+            ids[i] = ids[end - 1] = new          # last: in a token of two bytes, these were GAP
+            before, after, n = ids[i - 1], ids[end], copies[i]
             changes[before, left] -= n
             changes[right, after] -= n
             changes[before, new] += n
@@ -166,8 +166,8 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back. `data`: a tokenizer.json; its "model" is {"vocab": {"Ġthe": 262...},
-    "merges": [["Ġ", "t"]...]}, bytes spelled as letters: to_bytes and read_pair (tools) undo that.
+    """Text to ids and back. `data`: what tokenizer.json holds, made by `tokenizer_json` or others.
+    JSON has no bytes, so there a space is spelled Ġ; to_bytes and read_pair (tools) undo that.
     tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)];
     special_tokens: {text: id}; first, end: ids, or None."""
     def __init__(self, data):
@@ -179,7 +179,7 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # The marks before and after a text have many names; the first that fits is taken.
+        # Names of the marks before (ours: none) and after a text vary: the first that fits counts.
         starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
         self.first = self.special_tokens.get(next(starts, None))
@@ -193,15 +193,15 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3 only
             return [self.tokens[whole]]
-        parts = [bytes([byte]) for byte in whole]
-        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours to be merged
+        parts = [bytes([byte]) for byte in whole]          # not ids: those differ from file to file
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours in merges
             pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))
         return [self.tokens[part] for part in parts]
 
     def encode(self, text):
         """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
-        if self.data.get("normalizer"):                    # Qwen's is NFC: "e", U+0301: "é"
+        if self.data.get("normalizer"):                    # Qwen's, NFC: "e" + accent is "é"
             text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
         for pattern in self._patterns:                     # each cuts the pieces of the one before
@@ -248,7 +248,7 @@ def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOK
     return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
 
 
-# ---- Which texts are held out, from the tokenizer, too -------------------------------------------
+# ---- Which texts are held out, from the tokenizer as well ----------------------------------------
 def split_of(text):
     """85% "train", 5% "val" to choose settings by, 10% "test" for the end. A hash, a number that
     looks random but follows from the text, decides: so no text ever moves from test to train."""

@@ -50,7 +50,7 @@ CourseError = chapter1.CourseError
 RULES = {
     "line ends of Windows": lambda text: re.sub("\r\n?", "\n", text),
     "control characters": lambda text: re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff]", "", text),
-    "Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),     # "e", U+0301: "é"
+    "Unicode (NFC)": lambda text: unicodedata.normalize("NFC", text),     # "e" + accent is "é"
 }
 SHORTEST = 20  # characters; a shorter document teaches little
 

@@ -38,8 +38,8 @@ CourseError = chapter1.CourseError
 # Legend
 #   B  sequences in a batch     T  positions that ask     S  positions seen: T, but for chapter 5
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
-#   L  blocks     C  width of the residual stream     F  hidden width of the MLP     V  vocabulary
-# Tools, at the file's end: attention in blocks, presets, `model.save`, `GPT.load`. F.x: of torch.
+#   L  blocks     C  width of the residual stream     M  hidden width of the MLP     V  vocabulary
+# Tools, at the file's end: kinds of attention, presets, `model.save` and `GPT.load`.
 
 
 # ---- Attention, by its definition ----------------------------------------------------------------
@@ -54,7 +54,7 @@ CourseError = chapter1.CourseError
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
     """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
-    q = q / math.sqrt(q.shape[-1])               # of q: fewer numbers than the scores
+    q = q / math.sqrt(q.shape[-1])               # here, as q has fewer numbers
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
@@ -64,9 +64,9 @@ def attention_formula(q, k, v, visible=None):
 
 def who_sees(T, S, documents=None, device=None):
     """Return the causal mask (T, S), True where one may look: each position sees itself and those
-    before it, as it is to guess the next token, not to copy it. The last T of S positions ask
-    (chapter 5 has read the others before). With `documents` (B, S), a number per text (chapter 6),
-    it sees its own text only.
+    before it, as it is to guess the next token, not to copy it. Here, T is S; when chapter 5 has
+    read some positions before, only the last T of S ask. With `documents` (B, S), a number per text
+    (chapter 6), a position sees its own text only.
 
     >>> who_sees(3, 3).tolist()
     [[True, False, False], [True, True, False], [True, True, True]]
@@ -80,23 +80,15 @@ def who_sees(T, S, documents=None, device=None):
 
 
 # ---- Attention, for real -------------------------------------------------------------------------
-def choose_attention(kind, S):
-    """Return what "auto" stands for: the formula is fast up to 256 keys, as by default; for more,
-    torch's "fused" kernel is: in parts that fit the processor's fastest memory, it never holds all
-    scores. ("blocks" saves some of that memory by hand.)"""
-    if kind == "auto":
-        return "formula" if S <= 256 else "fused"
-    return kind
-
-
 def attention(q, k, v, visible=None, kind="formula"):
-    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D)."""
+    """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D): by the
+    formula; for longer texts by another kind, see `choose_attention` (tools)."""
     kind = choose_attention(kind, k.shape[2])
     sharers = q.shape[1] // k.shape[1]           # grouped heads: so many share each key head
     if sharers > 1:
         k = k.repeat_interleave(sharers, dim=1)  # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(sharers, dim=1)
-    if kind == "fused":                          # as agreed in choose_mask
+    if kind == "fused":                          # without a mask, it hides later keys by itself
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -104,23 +96,14 @@ def attention(q, k, v, visible=None, kind="formula"):
     return attention_formula(q, k, v, visible)
 
 
-def choose_mask(kind, T, S, documents, device):
-    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
-    later positions (not other documents) by itself, which is faster."""
-    kind = choose_attention(kind, S)
-    if documents is None and (T == 1 or (kind == "fused" and T == S)):
-        return None
-    return who_sees(T, S, documents, device)
-
-
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
-# Attention alone does not see the order of words. RoPE turns each pair (x, y), the numbers i and
-# i + D/2 of a query or key, by an angle that grows with the position: at position m by m times w,
+# Attention hardly sees the order of words. RoPE turns each pair (x, y), numbers i and i + D/2 of a
+# query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
-# The product of two such pairs is their lengths times the cosine of the angle between them: that is
-# the angle they had, plus (m - n) w. So only the distance counts: with w = 0.1, positions 7 and 5
-# add 0.2 to it, as 102 and 100 do. Every pair turns at a speed w of its own: the fast ones
-# tell neighbours apart, but a full circle later look the same; the slow ones tell near from far.
+# The product of two such pairs is their lengths times the cosine of the angle between them; for a
+# query at m and a key at n, that angle grows by (m - n) w. So only the distance counts: with w 0.1,
+# positions 7 and 5 add 0.2, as 102 and 100 do. Every pair turns at a speed w of its own: the fast
+# ones tell neighbours apart, but a full circle later look the same; the slow ones near from far.
 def rope_angles(config, positions):
     """Return cos and sin, each (T, D/2), of the angles at each position (T), for `rotate`."""
     exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
@@ -143,7 +126,7 @@ class RMSNorm(nn.RMSNorm):
     about 1 again; and multiply each number by a learned weight."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps). (nn.RMSNorm has weight and eps; its forward warns at 16 bits.)
+        # x / sqrt(mean(x^2) + eps) * weight (nn.RMSNorm's own forward warns at 16 bits)
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -167,7 +150,7 @@ class GPTConfig:
     kv_heads: int = 0  # K, heads with keys and values of their own, shared by H / K queries (0: H)
     width: int = 256  # C, numbers that describe a token: the width of the residual stream
     head_width: int = 0  # D, numbers in one query (0: C / H)
-    hidden: int = 0  # F, hidden width of the MLP (0: 4 C, or 8/3 C if it has a gate)
+    hidden: int = 0  # M, hidden width of the MLP (0: 4 C, or 8/3 C if it has a gate)
     norm: str = "rmsnorm"  # rmsnorm, or layernorm, which also takes the mean out
     positions: str = "rope"  # rope, or learned: a learned vector for each position
     mlp: str = "swiglu"  # swiglu, or gelu, which bends each number by itself, without a gate
@@ -233,7 +216,7 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
-        if cache is not None:                                      # chapter 5 keeps each layer's
+        if cache is not None:                                      # adds to this layer's: all k, v
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H*D) -> (B, T, C)
@@ -253,12 +236,12 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(config.width, config.hidden, config.bias)
 
     def forward(self, x):
-        up = self.up_proj(x)                                       # (B, T, C) -> (B, T, F)
+        up = self.up_proj(x)                                       # (B, T, C) -> (B, T, M)
         if self.has_gate:
             up = self.bend(self.gate_proj(x)) * up
         else:
             up = self.bend(up)
-        return self.down_proj(up)                                  # (B, T, F) -> (B, T, C)
+        return self.down_proj(up)                                  # (B, T, M) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -322,7 +305,7 @@ class GPT(nn.Module):
         for block in self.layers:
             x = block(x, angles, visible, cache)                   # (B, T, C) -> (B, T, C)
         if cache is not None:
-            cache.length = S
+            cache.length = S                                       # once, after all layers
         if last_only:
             x = x[:, -1:]                                          # (B, T, C) -> (B, 1, C)
         table = (self.lm_head or self.embed_tokens).weight         # (V, C)
@@ -349,9 +332,9 @@ def show_parts(config):
 
 
 def show_causality(config):
-    """Print how much a random model's logits change with later tokens: those before, not at all."""
+    """Print how much other tokens in the second half change the logits there, and before: by 0."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
-    half = min(64, config.context // 2)
+    half = max(1, min(64, config.context // 2))
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half
@@ -373,20 +356,6 @@ def draw_rope(config, path):
 
 
 # ---- The script ----------------------------------------------------------------------------------
-GPT2 = dict(norm="layernorm", positions="learned", mlp="gelu", bias=True, qk_norm=False,
-            norm_eps=1e-5, vocab_size=50257, context=1024)
-LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=4e-3)
-PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 trains it
-    "small": {},                                 # the defaults: 4 million weights, for a CPU
-    "gpu": dict(layers=6, heads=6, width=384, dropout=0.2, steps=640, batch_tokens=32768,
-                micro_batch=128, lr=3e-3, matrix_lr=6e-3, eval_every=80),      # 12 million
-    "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
-    "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768)}
-PRESET_HELP = "\npresets, where not as the defaults:" + "".join(
-    f"\n  {name}: {values}" for name, values in PRESETS.items())
-SHAPE = [*vars(GPTConfig())]  # the names of its settings
-
-
 @dataclass
 class Config(GPTConfig):
     preset: str = "small"  # a set of values for the other flags, see below
@@ -408,7 +377,24 @@ def main(config):
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
-# ---- Tools: attention in blocks, presets, folders for transformers -------------------------------
+# ---- Tools: kinds of attention, presets ----------------------------------------------------------
+def choose_attention(kind, S):
+    """Return what "auto" stands for: the formula is fast up to 256 keys, as by default; for more,
+    torch's kernel, which never holds all scores: its parts fit the processor's fastest memory."""
+    if kind == "auto":
+        return "formula" if S <= 256 else "fused"
+    return kind
+
+
+def choose_mask(kind, T, S, documents, device):
+    """Return who_sees, or None where no mask is needed: a lone query sees all, and "fused" hides
+    later positions by itself, which is faster, but not other documents."""
+    kind = choose_attention(kind, S)
+    if documents is None and (T == 1 or (kind == "fused" and T == S)):
+        return None
+    return who_sees(T, S, documents, device)
+
+
 def attention_in_blocks(q, k, v, visible, size=128):
     """Return what attention_formula does, `size` queries at a time, with the keys up to the last
     of them: half of all scores are of later keys."""
@@ -418,6 +404,20 @@ def attention_in_blocks(q, k, v, visible, size=128):
         end += queries.shape[2]                                    # no key from here on is visible
         parts.append(attention_formula(queries, k[:, :, :end], v[:, :, :end], mask[..., :end]))
     return torch.cat(parts, dim=2)                                 # (B, H, T, D)
+
+
+GPT2 = dict(norm="layernorm", positions="learned", mlp="gelu", bias=True, qk_norm=False,
+            norm_eps=1e-5, vocab_size=50257, context=1024)
+LARGE = dict(steps=5000, batch_tokens=524288, micro_batch=32, lr=3e-3, matrix_lr=4e-3)
+PRESETS = {  # name: a shape, where it is not the default, and how chapter 4 trains it
+    "small": {},                                 # the defaults: 4 million weights, for a CPU
+    "gpu": dict(layers=6, heads=6, width=384, dropout=0.2, steps=640, batch_tokens=32768,
+                micro_batch=128, lr=3e-3, matrix_lr=6e-3, eval_every=80),      # 12 million
+    "modern-124m": dict(LARGE, vocab_size=50304, context=1024, layers=12, heads=12, width=768),
+    "gpt2": dict(LARGE, **GPT2, layers=12, heads=12, width=768)}
+PRESET_HELP = "\npresets (in training, vocab_size is the tokenizer's):" + "".join(
+    f"\n  {name}: {values}" for name, values in PRESETS.items())
+SHAPE = [*vars(GPTConfig())]  # the names of its settings
 
 
 def find_preset(name):
@@ -432,6 +432,7 @@ def shape_of(values):
     return {name: value for name, value in values.items() if name in SHAPE}
 
 
+# ---- Tools: folders for transformers -------------------------------------------------------------
 GPT2_SETTINGS = dict(  # ours=theirs, in config.json
     vocab_size="vocab_size", context="n_positions", layers="n_layer", heads="n_head",
     width="n_embd", hidden="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings",
@@ -467,7 +468,7 @@ def read_config(data):
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
     found = {ours: data[theirs] for ours, theirs in settings.items() if theirs in data}
-    return GPTConfig(**{"heads": 0, **parts, **found})         # no tensor tells heads: not 0, then
+    return GPTConfig(**{"heads": 0, **parts, **found})         # no tensor tells heads: 0 fails
 
 
 def write_config(config):
@@ -480,7 +481,7 @@ def write_config(config):
         for ours, theirs in settings.items():
             data[theirs] = getattr(config, ours)
         with suppress(CourseError):              # a shape that the family cannot have
-            if read_config(data) == config:
+            if vars(read_config(data)) == vars(config):            # ours may be of a subclass
                 return data
 
 

@@ -39,16 +39,16 @@ CourseError = chapter1.CourseError
 # Legend
 #   B  sequences of a micro-batch, R of a step (B in chapter 2)     T  tokens each     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
-# Tools, at the file's end: checkpoint, log, `rescue` (Ctrl-C, full memory) and Machine: each of
-# several GPUs runs this whole file; `split` gives it its share, `total` sums over all of them.
+# Tools, at the file's end: checkpoint, log, `rescue` (Ctrl-C, full memory), Machine: `split` cuts a
+# step into micro-batches (each GPU runs this file and takes its share), `total` sums over GPUs.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt, in chapter 6
 
 
 # ---- Training, by its definition -----------------------------------------------------------------
 def lr_scale(step, config):
     """Return what the learning rates are multiplied by: a short rise, times a linear fall to zero.
-    Why rise? The first gradients of random weights point anywhere, and the optimizer knows too few
-    to average. Why fall? Large steps cover ground but jump about; small ones reach the bottom."""
+    Why rise? An optimizer averages gradients, and at first it has seen too few of them. Why fall?
+    Large steps cover ground but jump about; small ones reach the bottom."""
     return min(1.0, (step + 1) / max(1, config.warmup)) * (1 - step / config.steps)
 
 
@@ -83,17 +83,17 @@ def loss_sums(logits, y):
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
-#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps: 1 / (1 - beta), betas 0.9 and 0.95;
+#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps, 1 / (1 - beta), with a better start;
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    Any matrix is U s V^T: V^T and U only turn a vector, the numbers s (singular values)
-#           stretch it between. In gradients, a few directions drown all others: Muon takes their
-#           average (momentum), with all s near 1: (10, 0.1) becomes (1, 1); rare ones are learnt.
+#   Muon    A matrix is U s V^T: V^T and U only turn a vector, the numbers s (singular values)
+#           stretch it between. A few large s in a gradient drown the rest. Muon averages gradients
+#           (momentum) and makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.
 def orthogonalise(matrices):
-    """Return matrices X (N, rows, columns) with all singular values near 1: u @ vh of u, s, vh =
-    torch.linalg.svd(X, False), but faster. Newton-Schulz: a s + b s^3 + c s^5 with the a, b, c
-    below, five times over, brings any s between 0.01 and 1 to between 0.68 and 1.14. Products do so
-    to all s at once, as turns undo each other (V^T V = 1): X X^T X = U s^3 V^T. In bf16, too."""
+    """Return U V^T, nearly, of each of the matrices X = U s V^T (N, rows, columns): all s near 1.
+    X X^T X is U s^3 V^T, as turns undo each other (V^T V = 1): so products change all s at once.
+    Newton-Schulz: a s + b s^3 + c s^5 with the a, b, c below, five times over, brings any s between
+    0.01 and 1 to between 0.68 and 1.14. bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
@@ -162,7 +162,7 @@ def make_optimizers(model, config):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and so all of them, by a factor. If some overflow: no step, and half the factor
+#          loss, so all of them, by a factor: halved, with no step, if some overflow; later doubled
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
@@ -170,7 +170,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
     documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
     stores the best so far. `main` makes all three."""
-    model.train()                                                  # with dropout
+    model.train()                                                  # a mode: dropout is on
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     to_save = {"model": model, "scaler": scaler, **optimizers}
@@ -187,16 +187,16 @@ def train(model, batch, config, machine, folder, measure, keep):
                     group["lr"] = schedule * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. Each loss is a sum, divided by the targets of the whole step: so gradients of
-            #    micro-batches add up to its own. With means, a target among few would count more.
+            # 2. A loss is a sum, divided by the targets of the step, not of the micro-batch, whose
+            #    mean it is not: so the gradients of micro-batches add up to the step's.
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             step_terms = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = compiled_sums(model(x, *documents), y) / count     # (1), as TERMS
+                    terms = compiled_sums(model(x, *documents), y) / count     # (len(TERMS))
                 scaler.scale(terms.sum()).backward()
-                step_terms += terms.detach()
+                step_terms += terms.detach()                       # the numbers alone
 
             # 3. Several GPUs had other sequences of this step: add theirs, too.
             machine.total(step_terms)
@@ -205,11 +205,11 @@ def train(model, batch, config, machine, folder, measure, keep):
                     machine.total(p.grad)
 
             # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
-            #    shorten a long gradient (all weights' as one vector): it would drown the averages.
+            #    shorten a long gradient (all weights' as one vector), which would drown the rest.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *values, length = torch.cat((step_terms, length[None])).tolist()   # GPU to CPU, once
+            *values, length = torch.cat((step_terms, length[None])).tolist()   # length: before that
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -226,7 +226,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(length):          # above 1: skipped
+            if scaler.get_scale() <= 1 and not math.isfinite(length):          # else: left out
                 raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
@@ -344,7 +344,7 @@ def main(config):
         V = max(config.vocab_size, tokenizer.vocab_size)
         config.vocab_size = math.ceil(V / 64) * 64
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
-    vars(config).update(vars(model.config))        # only there have the zeros been filled in
+    vars(config).update(vars(model.config))        # kv_heads, hidden ... are 0 until here
     model.to(machine.device).eval()
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -387,7 +387,7 @@ def defaults_for(given):
     else:
         on_gpu = choose_device(given.get("device")).type == "cuda"
         name = given.get("preset") or ("gpu" if on_gpu else "small")
-        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}       # tokenizer's
+        return {**chapter3.find_preset(name), "preset": name, "vocab_size": 0}
     for name in given.keys() & fixed:
         raise CourseError(f"--{name.replace('_', '-')} is for new models: leave it out here")
     return defaults
@@ -455,7 +455,7 @@ def choose_machine(config):
 
 
 def compile_parts(model, whole, config, machine):
-    """Compile a model's blocks (one code serves all) and norm, in place; return loss_sums, too."""
+    """Compile a model's blocks (one code serves all) and norm in place, and loss_sums, returned."""
     if not machine.compile:
         return loss_sums
     print("compiling: up to half a minute")
@@ -477,7 +477,7 @@ def compile_parts(model, whole, config, machine):
 
 @contextmanager
 def rescue():
-    """Yield a list that Ctrl-C adds to, or, the second time, end at once; advise on full memory."""
+    """Yield a list that Ctrl-C adds to (twice: ends at once); say what to do if memory is full."""
     interrupts = []
 
     def interrupt(number, frame):

@@ -56,14 +56,14 @@ IGNORED = chapter4.IGNORED
 #   noise      random words in the place of a phrasing's own
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar: slots)
-# Tools, at the file's end: how a task is drawn, which names are held out, how an answer is run.
+# Tools, at the file's end: how a task is composed, which names are held out, how an answer is run.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
 # Chapter 5's encode_chat gives its ids, and `learnt`, the loss mask: for each, whether it counts in
 # the loss (the answer and its end mark do).
 def columns_of(ids, learnt, document=0):
-    """Return, for each position but the last, a column (id, target, document) of its sequence.
+    """Return for each position but the last a column: (id, target, document, for which see pack).
 
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
@@ -104,7 +104,7 @@ def batches_of(examples, R, T, filler):
     sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # again and again
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and from the start
         return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
@@ -169,7 +169,7 @@ def add_lora(model, rank):
 def merge_lora(model):
     """Return a plain model, the adapters added into its weights."""
     merged = chapter3.GPT(model.config)
-    for name, weight in merged.state_dict().items():           # weight: shares merged's memory
+    for name, weight in merged.state_dict().items():           # copying to these changes merged
         layer, _, attribute = name.rpartition(".")             # "layers.0.mlp.up_proj", "weight"
         weight.copy_(getattr(model.get_submodule(layer), attribute))           # weight + B A
     return merged
@@ -187,9 +187,9 @@ def merge_lora(model):
 #   N M number, L list, T text      a parameter
 #   X number, Y list, Z text        another entry, or a parameter
 #   K number, S small one           a constant, or a parameter
-#   W number                        any of these three
+#   W number                        another entry, a constant or a parameter
 #   P property, Q question          another entry            C letter     a constant
-# Entries with a star, conditions, loops stand in no other: "the square of x plus 7" can be misread.
+# A star: never put into another (nor are conditions, loops): "the square of x plus 7" is misread.
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -282,7 +282,7 @@ ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitli
 
 @dataclass
 class Task:
-    """What `draw_task` (see the tools) makes: an instruction, and the lines of its reference."""
+    """What `draw_task` makes: an instruction, and the lines of its reference."""
     name: str
     kinds: dict = field(default_factory=dict)  # {parameter: its kind}
     lines: list = field(default_factory=list)  # of the function, below its header
@@ -305,6 +305,26 @@ class Task:
                 {"role": "assistant", "content": self.source}]
 
 
+def draw_task(names, phrasings, noise, chooser):
+    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
+    entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
+    name, second, *parameters = chooser.sample(names, 8)
+    if chooser.random() < 0.15:
+        name = f"{name}_{second}"
+    if chooser.random() < 0.25:                                # single letters, as in f(x)
+        parameters = chooser.sample(string.ascii_lowercase, 6)
+    task = Task(name)
+    code, task.description = compose(entry, task, parameters, chooser)
+    if chooser.random() < 0.3:                                 # parameters in another order
+        task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
+    if entry.kind == "loop":
+        task.lines += ["total = 0", *code.split("/"), "return total"]
+    else:
+        task.lines.append(f"return {code}")
+    task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
+    return task
+
+
 # ---- What is held out ----------------------------------------------------------------------------
 def is_held_out(*what):
     """Tell whether a name, a constant of an entry, or a pair of entries is held out: by a hash."""
@@ -314,13 +334,13 @@ def is_held_out(*what):
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
     """Draw until `count` fit: held out in them is `new` ("constant", "pair" or "") and no more."""
     chooser = random.Random(seed)
-    lines = phrasings.strip().splitlines()
+    wanted = (new == "constant", new == "pair")
     tasks = []
     while len(tasks) < count:
-        task = draw_task(names, lines, noise, chooser)
+        task = draw_task(names, phrasings.strip().splitlines(), noise, chooser)
         has_constant = any(is_held_out(*constant) for constant in task.constants)
         has_pair = len(task.entries) == 2 and is_held_out(*sorted(task.entries))
-        if (has_constant, has_pair) == (new == "constant", new == "pair"):
+        if (has_constant, has_pair) == wanted:
             tasks.append(task)
     return tasks
 
@@ -334,7 +354,7 @@ def held_out_tasks(names, new_names, count, seed):
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
-# What a model writes is a stranger's code. Only what these lists name is ever run (`run_answer`),
+# What a model writes is a stranger's code. Only what `is_allowed` allows is run (by `run_answer`),
 # in a process of its own with little time and memory: no import, no `while`, no attribute but
 # methods of texts and lists.
 VERDICTS = ("no end", "no parse", "wrong header", "not allowed", "error", "wrong value", "pass")
@@ -364,15 +384,15 @@ def verdict_on(task, answer, has_ended):
     if len(answer) > 2000:
         return "not allowed"
     try:
-        functions = ast.parse(answer).body
-        text = ast.unparse(functions)                          # with the usual spaces
+        statements = ast.parse(answer).body
+        text = ast.unparse(statements)                         # with the usual spaces
     except Exception:                                          # which, depends on Python's version
         return "no parse"
-    if len(functions) != 1 or text.partition("\n")[0] != task.header:
+    if len(statements) != 1 or text.partition("\n")[0] != task.header:
         return "wrong header"
-    has_power = re.search(r"\*\*(?! \d\b)", text)             # x ** 3 is fine, x ** y is not
-    nodes = chain.from_iterable(map(ast.walk, functions[0].body))
-    if has_power or not all(map(is_allowed, nodes)):
+    large_power = re.search(r"\*\*(?! \d\b)", text)           # not x ** 3, but x ** 12, x ** y
+    nodes = chain.from_iterable(map(ast.walk, statements[0].body))
+    if large_power or not all(map(is_allowed, nodes)):
         return "not allowed"
     return run_answer(task, answer)
 
@@ -413,10 +433,10 @@ def show_table(results):
         print(f"{label:26}{count:6}  {share:10}{counts}")
 
 
-def show_results(model, tokenizer, held_out, ends):
-    """Run the answers to {what is new: tasks}, print two of each, and the table."""
+def show_results(model, tokenizer, new_tasks, ends):
+    """Run the answers to {what is new: tasks}; print two of each, and the table."""
     results = {}
-    for new, tasks in held_out.items():
+    for new, tasks in new_tasks.items():
         answers, results[new] = answer_tasks(model, tokenizer, tasks, ends)
         for task, answer in list(zip(tasks, answers))[:2]:
             print(f"\n> {task.instruction}\n{answer}")
@@ -429,7 +449,7 @@ def show_results(model, tokenizer, held_out, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
     steps: int = 1800  # updates of the weights
-    lr: float = 1e-3  # AdamW's, a sixth of chapter 4's, at which embeddings forget most
+    lr: float = 1e-3  # AdamW's; at chapter 4's, six times this, the embeddings would forget
     eval_every: int = 900  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
@@ -447,8 +467,8 @@ def find_conversations(config, tokenizer):
         return chapter2.open_conversations(config.conversations, downloads), {}
     names, new_names, noise = split_names(tokenizer)
     tasks = draw_tasks(names, config.examples, config.seed, noise=noise)
-    held_out = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
-    return [task.conversation for task in tasks], held_out
+    new_tasks = held_out_tasks(names, new_names, config.tasks, config.tasks_seed)
+    return [task.conversation for task in tasks], new_tasks
 
 
 def main(config):
@@ -458,16 +478,16 @@ def main(config):
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
 
-    # 1. The model, and the ids that end an answer.
+    # 1. The model, and the ids that will end an answer (a base model ends texts by others).
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     ends = {end, tokenizer.end} - {None}
 
-    # 2. Conversations: most to learn from, a few like them for the held-out loss; and held_out,
-    #    tasks with something new in each, for pass@1.
-    conversations, held_out = find_conversations(config, tokenizer)
+    # 2. Conversations: most to learn from, a few like them for the held-out loss; and tasks with
+    #    something new in each, for pass@1.
+    conversations, new_tasks = find_conversations(config, tokenizer)
     to_learn, val = split_off(conversations)
     examples = encode_fitting(to_learn, tokenizer, model.config.context)
     if config.show_mask:
@@ -504,8 +524,8 @@ def main(config):
     # 4. What the best model can do now, and what it has forgotten.
     if machine.rank == 0:
         tuned, *_ = chapter5.open_model(folder, machine.device)
-        if held_out and config.tasks:
-            show_results(tuned, tokenizer, held_out, ends)
+        if new_tasks and config.tasks:
+            show_results(tuned, tokenizer, new_tasks, ends)
         text = chapter2.matching_tokens(out / "data", "val", tokenizer)
         if len(text) > tuned.config.context:
             _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
@@ -513,7 +533,7 @@ def main(config):
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
 
-# ---- Tools: how a task is drawn ------------------------------------------------------------------
+# ---- Tools: how a task is composed and phrased ---------------------------------------------------
 KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
          "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
          "P": "property", "Q": "question"}
@@ -539,12 +559,12 @@ def compose(entry, task, names, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        may_nest = len(task.entries) == 1                        # this entry alone, so far
+        may_nest = len(task.entries) == 1                      # once, in the outer entry
         if may_nest and chooser.random() < NESTED.get(slot, 0):
-            # A kind with a star is that of no slot.
+            # No slot is of a kind with a star.
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, names, chooser)
-            texts[slot] = text.removeprefix("whether ")        # "N if N is even, otherwise M"
+            texts[slot] = text.removeprefix("whether ")        # "x if y is even, otherwise z"
             codes[slot] = code
             if slot not in "PQ":                               # conditions are put in as they are
                 task.lines.append(f"part = {code}")
@@ -573,26 +593,6 @@ def phrase(task, phrasing, noise, chooser):
         elif noise and word.isalpha() and chooser.random() < share:
             words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
     return "".join(words)
-
-
-def draw_task(names, phrasings, noise, chooser):
-    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
-    entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
-    name, second, *parameters = chooser.sample(names, 8)
-    if chooser.random() < 0.15:
-        name = f"{name}_{second}"
-    if chooser.random() < 0.25:                                # single letters, as in f(x)
-        parameters = chooser.sample(string.ascii_lowercase, 6)
-    task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)
-    if chooser.random() < 0.3:                                 # parameters in another order
-        task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
-    if entry.kind == "loop":
-        task.lines += ["total = 0", *code.split("/"), "return total"]
-    else:
-        task.lines.append(f"return {code}")
-    task.instruction = phrase(task, chooser.choice(phrasings), noise, chooser)
-    return task
 
 
 # ---- Tools: flags, conversations, names ----------------------------------------------------------
