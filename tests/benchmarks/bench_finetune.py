@@ -159,7 +159,7 @@ def read_sentences(path):
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             instruction, code, parameters = line.split(" | ")
-            types = dict(parameter.split(":") for parameter in parameters.split())
+            types = dict(parameter.split(":") for parameter in parameters.replace(",", " ").split())
             name = re.search(r"(\w+)\(", instruction) or re.search(r"\b(?:called|named) (\w+)", instruction)
             constants = [("own", value) for value in re.findall(r"\b\d+\b|'[a-z]'", code)]
             tasks.append(chapter6.Task(name[1], types, [f"return {code}"], ["own"], constants, instruction=instruction))
