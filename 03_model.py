@@ -122,8 +122,8 @@ def rotate(heads, cos, sin):
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
-    """Divide x (..., width), which grows with every sum, by its root mean square: its size is then
-    about 1 again; and multiply each number by a learned weight."""
+    """Divide x (..., width), which grows with every sum, by its root mean square, so that each part
+    reads numbers of one size, however deep it stands; then multiply by learned weights (width)."""
 
     def forward(self, x):
         # x / sqrt(mean(x^2) + eps) * weight (nn.RMSNorm's own forward warns at 16 bits)
@@ -160,7 +160,7 @@ class GPTConfig:
     dropout: float = 0.0  # share of numbers set to zero in training: less is learnt by heart
     rope_theta: float = 10000.0  # about 1 / speed of RoPE's slowest pair; more for longer contexts
     norm_eps: float = 1e-6  # keeps the norms from dividing by zero
-    attention: str = "auto"  # how to compute it: formula, blocks, fused, or auto: the fastest
+    attention: str = "auto"  # how to compute it: formula, blocks, fused, or auto: by the length
 
     def __post_init__(self):
         for name, kinds in KINDS.items():
@@ -277,7 +277,7 @@ class GPT(nn.Module):
         # Why may the embedding be lm_head? Both hold C numbers for each token: what it means when
         # it is read, and what x must look like for it to come next. It saves V x C weights.
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, False)
-        # Small random numbers to begin with: the loss is near that of a guess.
+        # Random, as equal ones would stay equal; small, so that the first loss is that of a guess.
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 std = 0.02
@@ -481,7 +481,7 @@ def write_config(config):
         for ours, theirs in settings.items():
             data[theirs] = getattr(config, ours)
         with suppress(CourseError):              # a shape that the family cannot have
-            if vars(read_config(data)) == vars(config):            # ours may be of a subclass
+            if vars(read_config(data)) == shape_of(vars(config)):  # ours may have more: a script's
                 return data
 
 

@@ -450,6 +450,8 @@ def test_a_family_is_named_only_if_it_loses_nothing(shape, family, tmp_path):
     GPT(GPTConfig(**shape)).save(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["model_type"] == family
     assert GPT.load(tmp_path).config == GPTConfig(**shape)
+    GPT(chapter3.Config(**shape)).save(tmp_path)               # a script's config has more than a shape
+    assert GPT.load(tmp_path).config == GPTConfig(**shape)
 
 
 @dataclass
@@ -462,7 +464,8 @@ def test_a_new_setting_is_never_lost(tmp_path, monkeypatch):
     for name in SHAPES:
         make(name).save(tmp_path / name)
     monkeypatch.setattr(chapter3, "GPTConfig", Windowed)
-    monkeypatch.setitem(chapter3.FAMILIES, "course", ("", {name: name for name in (*chapter3.SHAPE, "window")}, {}))       # as SHAPE would have it
+    monkeypatch.setattr(chapter3, "SHAPE", [*chapter3.SHAPE, "window"])
+    monkeypatch.setitem(chapter3.FAMILIES, "course", ("", {name: name for name in chapter3.SHAPE}, {}))       # as SHAPE would have it
     for name in SHAPES:
         used = Windowed(**SHAPES[name], window=8)
         assert GPT.load(tmp_path / name).config == Windowed(**SHAPES[name]) != used
