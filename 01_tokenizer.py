@@ -51,8 +51,8 @@ PATTERN = "|".join([                # GPT-4's pattern, but for a few details
     r"\s*[\r\n]",                   # line ends, with the spaces before them
     r"\s+(?!\S)|\s+",               # spaces; of several, the last is left to the word after it
 ])
-# Special tokens are marks between texts and never text: whoever types "<|im_start|>" gets 12
-# ordinary characters. So no user can end a document, or speak for somebody else in a chat.
+# Special tokens are marks between texts, never text: "<|im_start|>" in a text is encoded as its 12
+# characters. Only a program can set a mark, by its id: no user can speak for another in a chat.
 END_OF_TEXT = "<|endoftext|>"
 CHAT_START = "<|im_start|>"
 CHAT_END = "<|im_end|>"
@@ -61,7 +61,7 @@ SPECIAL_TOKENS = [END_OF_TEXT, CHAT_START, CHAT_END]
 
 # ---- Training, by its definition -----------------------------------------------------------------
 def merge(tokens, pair, new):
-    """Return tokens, as ids or as bytes, with each `pair` of neighbours replaced by `new`.
+    """Return tokens with each `pair` of neighbours replaced by `new`.
 
     >>> merge([97, 97, 97, 98], (97, 97), 256)     # from left to right
     [256, 97, 98]
@@ -69,7 +69,7 @@ def merge(tokens, pair, new):
     left, right = pair
     merged = []
     for token in tokens:
-        if token == right and merged and merged[-1] == left:       # the left one is there already
+        if merged and merged[-1] == left and token == right:       # the left one is there already
             merged[-1] = new
         else:
             merged.append(token)
@@ -113,11 +113,11 @@ GAP = -1  # between chunks, and inside a long token
 
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
-    # 1. Lay the chunks side by side, count their pairs, and note where these stand.
+    # 1. Lay the chunks side by side, note where each pair stands, and its count as a change.
     ids = [GAP]
     copies = [0]                                 # how often the chunk at each position occurs
     counts = Counter()                           # {pair: how often it occurs}
-    changes = Counter()                          # {pair: to be added}: so it is queued once a merge
+    changes = Counter()                          # {pair: what step 2 adds to its count, at once}
     positions = defaultdict(list)                # {pair: where it stands, or once stood}
     size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: how many bytes it covers}
     queue = []                                   # a heap of (-count, pair): the commonest on top
@@ -141,7 +141,7 @@ def learn_merges(chunks, how_many):
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
             continue                             # its count has changed since it was queued
-        del counts[best]                         # step 3 leaves none ("aaa": -1, never queued)
+        del counts[best]                         # all are merged below
         left, right = best
         new = 256 + len(merges)
         merges.append(best)
@@ -153,7 +153,7 @@ def learn_merges(chunks, how_many):
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
             ids[middle - 1] = ids[middle] = GAP  # inside, so that old positions fit no longer
-            ids[i] = ids[end - 1] = new          # last: in a token of two bytes, these were GAP
+            ids[i] = ids[end - 1] = new          # after that: a token of two bytes has no inside
             before, after, n = ids[i - 1], ids[end], copies[i]
             changes[before, left] -= n
             changes[right, after] -= n
@@ -166,10 +166,9 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back. `data`: what tokenizer.json holds, made by `tokenizer_json` or others.
-    JSON has no bytes, so there a space is spelled Ġ; to_bytes and read_pair (tools) undo that.
-    tokens: {bytes: id}; bytes_of: {id: bytes}; merges: [(bytes, bytes)];
-    special_tokens: {text: id}; first, end: ids, or None."""
+    """Text to ids and back. `data`: what tokenizer.json holds, made by `tokenizer_json` or others;
+    a space is spelled Ġ in it, as JSON has no bytes: to_bytes and read_pair (tools) undo that.
+    tokens: {bytes: id}; bytes_of: {id: bytes}; special_tokens: {text: id}; start, end: ids."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -179,10 +178,10 @@ class Tokenizer:
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # Names of the marks before (ours: none) and after a text vary: the first that fits counts.
+        # A file does not say which mark begins a text (ours: none), which ends it: names tell.
         starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
         ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
-        self.first = self.special_tokens.get(next(starts, None))
+        self.start = self.special_tokens.get(next(starts, None))
         self.end = self.special_tokens.get(next(ends, None))
         self._patterns = read_patterns(data["pre_tokenizer"])
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
@@ -194,7 +193,7 @@ class Tokenizer:
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3 only
             return [self.tokens[whole]]
         parts = [bytes([byte]) for byte in whole]          # not ids: those differ from file to file
-        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours in merges
+        while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours to merge
             pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))
         return [self.tokens[part] for part in parts]
@@ -219,24 +218,6 @@ class Tokenizer:
     def fingerprint(self):
         """Return 16 hex digits that change with the tokenizer: ids made by another are noticed."""
         return hashlib.sha256(json.dumps(self.data).encode()).hexdigest()[:16]
-
-    def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
-        write_json(Path(folder) / "tokenizer.json", self.data)
-        end = self.bytes_of.get(self.end, b"").decode() or None
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
-                    "pad_token": end, "clean_up_tokenization_spaces": False}
-        write_json(Path(folder) / "tokenizer_config.json", settings)
-
-    @classmethod
-    def load(cls, folder):
-        """Open a folder's tokenizer.json: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds."""
-        path = Path(folder) / "tokenizer.json"
-        data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
-        try:
-            return cls(data)
-        except Exception as error:                         # a file may hold anything
-            raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
 
 
 def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
@@ -290,7 +271,7 @@ def show_tokenizer(tokenizer, sample):
 @dataclass
 class Config:
     source: list[str] = field(default_factory=lambda: ["python"])  # python, files, folders, globs
-    vocab_size: int = 4096  # tokens in all: 500 suit 1 MB, 4,096 10 MB; rare ones are hardly learnt
+    vocab_size: int = 4096  # tokens in all: 500 for 1 MB of text, 4,096 for 10 MB
     out: str = "out"  # folder below which everything is written
 
 
@@ -492,6 +473,27 @@ def read_patterns(cutter):
     # What a cut leaves between its matches is a chunk too.
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 
+
+def save_tokenizer(tokenizer, folder):
+    """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
+    write_json(Path(folder) / "tokenizer.json", tokenizer.data)
+    end = tokenizer.bytes_of.get(tokenizer.end, b"").decode() or None
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                "pad_token": end, "clean_up_tokenization_spaces": False}
+    write_json(Path(folder) / "tokenizer_config.json", settings)
+
+
+def load_tokenizer(folder):
+    """Open a folder's tokenizer.json: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds."""
+    path = Path(folder) / "tokenizer.json"
+    data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
+    try:
+        return Tokenizer(data)
+    except Exception as error:                         # a file may hold anything
+        raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
+
+
+Tokenizer.save, Tokenizer.load = save_tokenizer, load_tokenizer    # so the class is the lesson
 
 if __name__ == "__main__":
     run(main, Config, __doc__)

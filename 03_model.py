@@ -45,16 +45,17 @@ CourseError = chapter1.CourseError
 # ---- Attention, by its definition ----------------------------------------------------------------
 # Each position asks a question (its query), bears a label (its key) and has something to give (its
 # value): three lists of numbers that the model learns to make. The better a label fits a question,
-# the larger their product, and the more of that value is taken. "sat" asks who does it, say:
-#     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); products: 0, 4, 2
+# the larger their dot product (the sum of the products of their numbers), and the more of that
+# value is taken. "sat" asks who does it, say:
+#     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); dot products: 0, 4, 2
 #     over sqrt(2): 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
-# So "sat" takes .77 of the value of "cat" and little of the others. Heads do so side by side, each
-# with queries of its own: one may look for who does it, another for where.
+# So "sat" takes .77 of the value of "cat". Heads do so side by side, each with queries of its own:
+# one may look for who does it, another for where.
 # Why sqrt(D)? A sum of D random products grows like sqrt(D). With large scores, softmax gives all
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
     """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
-    q = q / math.sqrt(q.shape[-1])               # here, as q has fewer numbers
+    q = q / math.sqrt(q.shape[-1])               # here, as the scores are more
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
@@ -88,7 +89,7 @@ def attention(q, k, v, visible=None, kind="formula"):
     if sharers > 1:
         k = k.repeat_interleave(sharers, dim=1)  # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(sharers, dim=1)
-    if kind == "fused":                          # without a mask, it hides later keys by itself
+    if kind == "fused":                          # choose_mask leaves a plain causal mask to it
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -100,10 +101,10 @@ def attention(q, k, v, visible=None, kind="formula"):
 # Attention hardly sees the order of words. RoPE turns each pair (x, y), numbers i and i + D/2 of a
 # query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
-# The product of two such pairs is their lengths times the cosine of the angle between them; for a
-# query at m and a key at n, that angle grows by (m - n) w. So only the distance counts: with w 0.1,
-# positions 7 and 5 add 0.2, as 102 and 100 do. Every pair turns at a speed w of its own: the fast
-# ones tell neighbours apart, but a full circle later look the same; the slow ones near from far.
+# The dot product of two such pairs is their lengths times the cosine of the angle between them; of
+# a query at m and a key at n, that angle grows by (m - n) w. So only the distance counts: with
+# w = 0.1, it grows by 0.2 for positions 7 and 5, as for 102 and 100. Each pair has its own speed w:
+# fast ones tell neighbours apart, but repeat after a full circle; slow ones tell near from far.
 def rope_angles(config, positions):
     """Return cos and sin, each (T, D/2), of the angles at each position (T), for `rotate`."""
     exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
@@ -122,11 +123,11 @@ def rotate(heads, cos, sin):
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
-    """Divide x (..., width), which grows with every sum, by its root mean square, so that each part
-    reads numbers of one size, however deep it stands; then multiply by learned weights (width)."""
+    """x / sqrt(mean(x^2) + eps) times learned weights: x (..., width) grows with every sum, but so
+    each part reads numbers of one size, however deep it stands."""
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps) * weight (nn.RMSNorm's own forward warns at 16 bits)
+        # nn.RMSNorm's own forward warns at 16 bits (chapter 4).
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -191,7 +192,7 @@ class Attention(nn.Module):
         self.config = config
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
         # Why fewer heads with keys? Sampling (chapter 5) keeps the keys and values of all positions
-        # and reads them again for each token: K / H of the memory, and long texts go faster.
+        # and reads them again for each token: fewer heads, so less memory.
         self.q_proj = nn.Linear(C, H * D, config.bias)
         self.k_proj = nn.Linear(C, K * D, config.bias)
         self.v_proj = nn.Linear(C, K * D, config.bias)
@@ -216,7 +217,7 @@ class Attention(nn.Module):
 
     def forward(self, x, angles, visible, cache):
         q, k, v = self.project(x, angles)
-        if cache is not None:                                      # adds to this layer's: all k, v
+        if cache is not None:                                      # see chapter 5: all k, v so far
             k, v = cache.append(self, k, v)                        # (B, K, T, D) -> (B, K, S, D)
         y = attention(q, k, v, visible, self.config.attention)     # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))           # -> (B, T, H*D) -> (B, T, C)
@@ -290,7 +291,7 @@ class GPT(nn.Module):
     def forward(self, ids, documents=None, cache=None, last_only=False):
         """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5);
         with last_only, of the last position alone, (B, 1, V). documents (B, S): see who_sees."""
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.length                # 0 until chapter 5: S is T
         T = ids.shape[1]
         S = past + T
         if S > self.config.context:
@@ -318,7 +319,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    It also meets T / 2 keys and values of C numbers on average: like C T weights more a block."""
+    It also meets T / 2 keys and T / 2 values, C numbers each: like C T weights more a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -344,7 +345,7 @@ def show_causality(config):
 
 
 def draw_rope(config, path):
-    """Draw how alike RoPE leaves two positions at a distance: for some pairs, and their mean."""
+    """Draw how alike RoPE leaves two positions at a distance: some pairs, and the mean of all."""
     cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D/2)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
@@ -377,7 +378,7 @@ def main(config):
     print(f"next: {chapter1.command('04_train.py', config)}")
 
 
-# ---- Tools: kinds of attention, presets ----------------------------------------------------------
+# ---- Tools (no lesson): kinds of attention, presets ----------------------------------------------
 def choose_attention(kind, S):
     """Return what "auto" stands for: the formula is fast up to 256 keys, as by default; for more,
     torch's kernel, which never holds all scores: its parts fit the processor's fastest memory."""
@@ -468,7 +469,7 @@ def read_config(data):
         if data.get(name, value) != value:
             raise CourseError(f"a model with {name} {data[name]} is not supported")
     found = {ours: data[theirs] for ours, theirs in settings.items() if theirs in data}
-    return GPTConfig(**{"heads": 0, **parts, **found})         # no tensor tells heads: 0 fails
+    return GPTConfig(**{"heads": 0, **parts, **found})         # heads must be told: 0 fails
 
 
 def write_config(config):
@@ -481,7 +482,7 @@ def write_config(config):
         for ours, theirs in settings.items():
             data[theirs] = getattr(config, ours)
         with suppress(CourseError):              # a shape that the family cannot have
-            if vars(read_config(data)) == shape_of(vars(config)):  # ours may have more: a script's
+            if vars(read_config(data)) == shape_of(vars(config)):  # a script's Config has more
                 return data
 
 
@@ -567,8 +568,7 @@ def load_model(folder, context=0):
     return model
 
 
-GPT.save = save_model      # model.save(folder)
-GPT.load = load_model      # GPT.load(folder)
+GPT.save, GPT.load = save_model, load_model      # model.save(folder), GPT.load(folder)
 
 if __name__ == "__main__":
     chapter1.run(main, Config, __doc__ + PRESET_HELP, defaults_for)

@@ -83,15 +83,15 @@ def loss_sums(logits, y):
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
-#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps, 1 / (1 - beta), with a better start;
+#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps (betas 0.9, 0.95), fewer at first;
 #           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
 #           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
-#   Muon    A matrix is U s V^T: V^T and U only turn a vector, the numbers s (singular values)
-#           stretch it between. A few large s in a gradient drown the rest. Muon averages gradients
-#           (momentum) and makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.
+#   Muon    Any matrix is U s V^T: turn by V^T, stretch by the numbers s (singular values), turn by
+#           U. A few large s in a gradient drown the rest. Muon averages gradients (momentum) and
+#           makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.
 def orthogonalise(matrices):
     """Return U V^T, nearly, of each of the matrices X = U s V^T (N, rows, columns): all s near 1.
-    X X^T X is U s^3 V^T, as turns undo each other (V^T V = 1): so products change all s at once.
+    X X^T X is U s^3 V^T, as turns undo each other (U^T U = 1): so products change all s at once.
     Newton-Schulz: a s + b s^3 + c s^5 with the a, b, c below, five times over, brings any s between
     0.01 and 1 to between 0.68 and 1.14. bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
@@ -124,9 +124,9 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 0.05)       # .95 old + .05 new, in place
-            update = orthogonalise(average.lerp(gradient, 0.05))   # Nesterov: the newest once more
+            update = orthogonalise(average.lerp(gradient, 0.05))   # Nesterov: lean to the newest
             # Times 0.2 sqrt(longer side), the numbers of a change are about 0.2 in size, as those
-            # of AdamW: so its usual rates are a start.
+            # of AdamW: so AdamW's usual rates are a start (Liu 2025).
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
@@ -138,7 +138,7 @@ OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as
 def make_optimizers(model, config):
     """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
     An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. These two alone are not pulled towards zero: a norm's usual weight is 1."""
+    biases. Norms and biases are not pulled towards zero: a norm's usual weight is 1."""
     kind = OPTIMIZERS[config.optimizer]
     matrices, others, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -162,7 +162,7 @@ def make_optimizers(model, config):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, so all of them, by a factor: halved, with no step, if some overflow; later doubled
+#          loss, and so every gradient, by a factor: on overflow, no step, and half the factor
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
@@ -176,7 +176,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # tried on batch(0)
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -187,8 +187,8 @@ def train(model, batch, config, machine, folder, measure, keep):
                     group["lr"] = schedule * optimizer.defaults["lr"]
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
-            # 2. A loss is a sum, divided by the targets of the step, not of the micro-batch, whose
-            #    mean it is not: so the gradients of micro-batches add up to the step's.
+            # 2. Sum each micro-batch's loss and divide by the targets of the whole step: so the
+            #    gradients add up to those of one large batch. (With means, they would not.)
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             step_terms = 0.0
@@ -209,7 +209,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *values, length = torch.cat((step_terms, length[None])).tolist()   # length: before that
+            *values, length = torch.cat((step_terms, length[None])).tolist()   # before clipping
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -226,7 +226,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(length):          # else: left out
+            if scaler.get_scale() <= 1 and not math.isfinite(length):          # fp16: left out
                 raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
@@ -254,7 +254,7 @@ def surprise(model, machine, sequences, sizes):
 
 
 def evaluate(model, machine, tokens, sizes, limit=0):
-    """Return the surprise at about `limit` tokens, spread over a split (0: at all of it)."""
+    """Return `surprise` at about `limit` tokens, spread over a split (0: at all of it)."""
     T = model.config.context
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
@@ -338,7 +338,7 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    if config.init:                                # out/base for --test, says defaults_for
+    if config.init:                                                # --test alone: of out/base
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)

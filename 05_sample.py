@@ -324,8 +324,8 @@ def main(config):
     if config.chat:
         return chat(model, tokenizer, config, ends)
     ids = tokenizer.encode(config.prompt)
-    if tokenizer.first is not None:
-        ids = [tokenizer.first, *ids]
+    if tokenizer.start is not None:
+        ids = [tokenizer.start, *ids]
     if not ids:
         raise CourseError("--prompt is empty: give the model a word to go on from")
     if config.heatmap:

@@ -63,7 +63,7 @@ IGNORED = chapter4.IGNORED
 # Chapter 5's encode_chat gives its ids, and `learnt`, the loss mask: for each, whether it counts in
 # the loss (the answer and its end mark do).
 def columns_of(ids, learnt, document=0):
-    """Return for each position but the last a column: (id, target, document, for which see pack).
+    """Return for each position but the last a column: (id, target, number of the document).
 
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
@@ -84,9 +84,9 @@ def fill_up(sequences, T, filler):
 # ---- For real: several conversations in a sequence -----------------------------------------------
 def pack(examples, T, filler):
     """Join examples [(ids, learnt)], one after the other, to sequences; return fill_up's tensor.
-    With one in each, most would be filler, computed for nothing. Their numbers keep them apart: in
-    chapter 3, no position sees another document; and with RoPE only distances count, so it does not
-    matter where one begins."""
+    With one in each, most would be filler, computed for nothing. An example's number, as document,
+    keeps it apart: chapter 3's who_sees hides all others; and with RoPE only distances count, so it
+    does not matter where one begins."""
     sequences = []
     for document, example in enumerate(examples):
         columns = columns_of(*example, document)
@@ -104,21 +104,21 @@ def batches_of(examples, R, T, filler):
     sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and from the start
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and again
         return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
 
-def with_text(examples, text, T, seed):
+def with_text(examples, tokens, T, seed):
     """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them: so
     that less of it is forgotten. Being long, it is a good third of what counts in the loss."""
-    if len(text) <= T:
+    if len(tokens) <= T:
         return examples
-    order = chapter2.sequence_order((len(text) - 1) // T, seed, epoch=0)
+    order = chapter2.sequence_order((len(tokens) - 1) // T, seed, epoch=0)
     mixed = []
     for i in range(0, len(examples), 20):
         start = T * order[i // 20 % len(order)]
-        ids = text[start:start + T + 1].tolist()
+        ids = tokens[start:start + T + 1].tolist()
         mixed += [(ids, [True] * len(ids)), *examples[i:i + 20]]
     return mixed
 
@@ -142,8 +142,8 @@ def lora_formula(x, weight, a, b):
 
 
 class LoRA(nn.Module):
-    """The same as a parametrization: to read `layer.weight` now calls this forward, so that the
-    model of chapter 3 need not change."""
+    """The same as a parametrization: torch calls `forward(weight)` whenever `layer.weight` is read,
+    so that the model of chapter 3 need not change."""
 
     def __init__(self, weight, rank):
         super().__init__()
@@ -169,7 +169,7 @@ def add_lora(model, rank):
 def merge_lora(model):
     """Return a plain model, the adapters added into its weights."""
     merged = chapter3.GPT(model.config)
-    for name, weight in merged.state_dict().items():           # copying to these changes merged
+    for name, weight in merged.state_dict().items():           # `weight` shares its memory
         layer, _, attribute = name.rpartition(".")             # "layers.0.mlp.up_proj", "weight"
         weight.copy_(getattr(model.get_submodule(layer), attribute))           # weight + B A
     return merged
@@ -314,7 +314,7 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)
+    code, task.description = compose(entry, task, parameters, chooser)         # fills in the rest
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
     if entry.kind == "loop":
@@ -332,7 +332,7 @@ def is_held_out(*what):
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Draw until `count` fit: held out in them is `new` ("constant", "pair" or "") and no more."""
+    """Draw until `count` fit: held out in them is a "constant", a "pair" or, with "", nothing."""
     chooser = random.Random(seed)
     wanted = (new == "constant", new == "pair")
     tasks = []
@@ -447,9 +447,9 @@ def show_results(model, tokenizer, new_tasks, ends):
 # ---- The script ----------------------------------------------------------------------------------
 @dataclass
 class Config(chapter4.TrainingConfig):
-    init: str = ""  # another model's folder, to tune at gentler rates (default: out/base, at these)
+    init: str = ""  # another model's folder, to tune at gentler rates (default: out/base)
     steps: int = 1800  # updates of the weights
-    lr: float = 1e-3  # AdamW's; at chapter 4's, six times this, the embeddings would forget
+    lr: float = 1e-3  # AdamW's; with chapter 4's 6e-3, the embeddings would forget
     eval_every: int = 900  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
@@ -478,7 +478,7 @@ def main(config):
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
 
-    # 1. The model, and the ids that will end an answer (a base model ends texts by others).
+    # 1. The model, and the ids that will end an answer: the mark, or the base's end of a text.
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
@@ -495,8 +495,8 @@ def main(config):
     longest = max(len(ids) for ids, _ in examples)
     T = min(model.config.context, max(256, longest))           # a foreign context may be huge
     val_sequences = pack(encode_fitting(val, tokenizer, T), T, end)        # (N, 3, T)
-    text = chapter2.matching_tokens(out / "data", "train", tokenizer)
-    examples = with_text(examples, text, T, config.seed)
+    tokens = chapter2.matching_tokens(out / "data", "train", tokenizer)
+    examples = with_text(examples, tokens, T, config.seed)
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:
@@ -526,9 +526,9 @@ def main(config):
         tuned, *_ = chapter5.open_model(folder, machine.device)
         if new_tasks and config.tasks:
             show_results(tuned, tokenizer, new_tasks, ends)
-        text = chapter2.matching_tokens(out / "data", "val", tokenizer)
-        if len(text) > tuned.config.context:
-            _, bits = chapter4.evaluate(tuned, machine, text, sizes, config.eval_tokens)
+        tokens = chapter2.matching_tokens(out / "data", "val", tokenizer)
+        if len(tokens) > tuned.config.context:
+            _, bits = chapter4.evaluate(tuned, machine, tokens, sizes, config.eval_tokens)
             print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
@@ -552,7 +552,7 @@ def fill(text, values):
     return re.sub(SLOT, lambda found: values[found[0]], text)
 
 
-def compose(entry, task, names, chooser):
+def compose(entry, task, parameters, chooser):
     """Return (code, description) of an entry, its slots filled: by a parameter's name, a constant,
     or another entry, whose code becomes a line `part = ...`. What it uses is noted in the task."""
     task.entries.append(entry.code)
@@ -561,19 +561,18 @@ def compose(entry, task, names, chooser):
     for slot in re.findall(SLOT, words):
         may_nest = len(task.entries) == 1                      # once, in the outer entry
         if may_nest and chooser.random() < NESTED.get(slot, 0):
-            # No slot is of a kind with a star.
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
-            code, text = compose(chooser.choice(others), task, names, chooser)
+            code, text = compose(chooser.choice(others), task, parameters, chooser)
             texts[slot] = text.removeprefix("whether ")        # "x if y is even, otherwise z"
             codes[slot] = code
-            if slot not in "PQ":                               # conditions are put in as they are
+            if slot not in "PQ":                               # these stay within the line
                 task.lines.append(f"part = {code}")
                 codes[slot] = "part"
         elif slot == "C" or (slot in CONSTANTS and chooser.random() < 0.8):
             codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
             task.constants.append((entry.code, codes[slot]))
         else:
-            codes[slot] = texts[slot] = names.pop()
+            codes[slot] = texts[slot] = parameters.pop()
             task.kinds[codes[slot]] = KINDS[slot]
     return fill(entry.code, codes), fill(words, texts)
 
@@ -647,7 +646,7 @@ def split_names(tokenizer):
     endings = random.Random(0).sample(pieces, len(pieces))
     made_up = map("".join, zip(pieces, endings))
     to_learn = sorted({*words, *made_up} - {*held_out} - taken)
-    # No noise: held-out names, as they would be learnt, and what descriptions are made of.
+    # Not used as noise: held-out names, as they would be learnt, and what descriptions are made of.
     not_noise = {*held_out, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
 

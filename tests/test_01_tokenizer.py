@@ -89,7 +89,7 @@ def test_text_comes_back_and_any_ids_are_some_text(tokenizer):
 
 
 def test_special_tokens_are_never_made_of_text(tokenizer):
-    assert tokenizer.decode([tokenizer.end]) == chapter1.END_OF_TEXT and tokenizer.first is None
+    assert tokenizer.decode([tokenizer.end]) == chapter1.END_OF_TEXT and tokenizer.start is None
     assert [*tokenizer.special_tokens.values()] == [307, 308, 309] and tokenizer.vocab_size == 310
     for one in (tokenizer, train_bpe([" ".join(tokenizer.special_tokens) * 50], 500)):     # one learnt from nothing else
         for text, i in one.special_tokens.items():
@@ -137,7 +137,7 @@ def test_the_first_and_the_end_token_go_by_many_names(tokenizer):
                               ("<|endoftext|> <|im_start|> <|im_end|> <repo_name> <issue_start>", None, "<|endoftext|>")):    # SmolLM2
         added = [chapter1.special_json(name, 307 + i) for i, name in enumerate(names.split())]
         other = foreign(tokenizer, added_tokens=added)
-        assert other.first == first and other.end == other.special_tokens.get(end), names
+        assert other.start == first and other.end == other.special_tokens.get(end), names
 
 
 def test_smollm_kind_cuts_digits_apart(tokenizer):
