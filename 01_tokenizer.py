@@ -38,7 +38,7 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   document   one text: a Python module, a story, a line of a .jsonl file
 #   chunk      a word-like piece of a document, cut out by PATTERN
 #   id         the number of a token; in ours, 0..255 are the bytes, then pairs, then special tokens
-# Errors, flags, files and the format of tokenizer.json are tools: they stand at the file's end.
+# Tools, at the file's end: errors, flags, files, and tokenizer.json with Tokenizer.save and .load.
 
 # Why cut a text before merging? So that a token ends where a word does: else "dog.", "dog!" and
 # "dog?" would be three tokens, and a model would have to learn "dog" three times. It also saves
@@ -166,9 +166,9 @@ def learn_merges(chunks, how_many):
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
 class Tokenizer:
-    """Text to ids and back. `data`: what tokenizer.json holds, made by `tokenizer_json` or others;
-    a space is spelled Ġ in it, as JSON has no bytes: to_bytes and read_pair (tools) undo that.
-    tokens: {bytes: id}; bytes_of: {id: bytes}; special_tokens: {text: id}; start, end: ids."""
+    """Text to ids and back. `data`: what tokenizer.json holds; as JSON has no bytes, a space is
+    spelled Ġ in it: to_bytes and read_pair (tools) undo that. tokens: {bytes: id}; bytes_of: {id:
+    bytes}; merges: [(bytes, bytes)]; special_tokens: {text: id}; start, end: ids, or None."""
     def __init__(self, data):
         self.data = data
         self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -493,7 +493,7 @@ def load_tokenizer(folder):
         raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
 
 
-Tokenizer.save, Tokenizer.load = save_tokenizer, load_tokenizer    # so the class is the lesson
+Tokenizer.save, Tokenizer.load = save_tokenizer, load_tokenizer
 
 if __name__ == "__main__":
     run(main, Config, __doc__)

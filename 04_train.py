@@ -226,7 +226,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(length):          # fp16: left out
+            if scaler.get_scale() <= 1 and not math.isfinite(length):  # above 1, fp16 skips a step
                 raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
@@ -314,7 +314,7 @@ class TrainingConfig:
 @dataclass
 class Config(TrainingConfig, chapter3.GPTConfig):
     vocab_size: int = 0  # V, ids it knows: at least the tokenizer's, and a multiple of 64 for speed
-    preset: str = ""  # values for shape and training, see below (default: gpu on CUDA, else small)
+    preset: str = ""  # values from chapter 3's PRESETS (default: gpu on CUDA, else small)
     test: bool = False  # evaluate the best model on all of val and test, and stop
 
 
@@ -455,7 +455,7 @@ def choose_machine(config):
 
 
 def compile_parts(model, whole, config, machine):
-    """Compile a model's blocks (one code serves all) and norm in place, and loss_sums, returned."""
+    """Compile a model's blocks (one code for all) and norm in place; return loss_sums, compiled."""
     if not machine.compile:
         return loss_sums
     print("compiling: up to half a minute")

@@ -64,7 +64,6 @@ IGNORED = chapter4.IGNORED
 # the loss (the answer and its end mark do).
 def columns_of(ids, learnt, document=0):
     """Return for each position but the last a column: (id, target, number of the document).
-
     A target is the next id where that is learnt, else IGNORED; the last id has no next one.
 
     >>> columns_of([7, 8, 9], [False, False, True])
@@ -334,10 +333,11 @@ def is_held_out(*what):
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
     """Draw until `count` fit: held out in them is a "constant", a "pair" or, with "", nothing."""
     chooser = random.Random(seed)
+    lines = phrasings.strip().splitlines()
     wanted = (new == "constant", new == "pair")
     tasks = []
     while len(tasks) < count:
-        task = draw_task(names, phrasings.strip().splitlines(), noise, chooser)
+        task = draw_task(names, lines, noise, chooser)
         has_constant = any(is_held_out(*constant) for constant in task.constants)
         has_pair = len(task.entries) == 2 and is_held_out(*sorted(task.entries))
         if (has_constant, has_pair) == wanted:
@@ -438,7 +438,7 @@ def show_results(model, tokenizer, new_tasks, ends):
     results = {}
     for new, tasks in new_tasks.items():
         answers, results[new] = answer_tasks(model, tokenizer, tasks, ends)
-        for task, answer in list(zip(tasks, answers))[:2]:
+        for task, answer in zip(tasks[:2], answers):
             print(f"\n> {task.instruction}\n{answer}")
     results["all"] = list(chain.from_iterable(results.values()))
     show_table(results)
