@@ -40,19 +40,19 @@ import regex  # like `re`, but it knows \p{L}, "a letter of any script"
 #   id         the number of a token; in ours, 0..255 are the bytes, then pairs, then special tokens
 # Tools, at the file's end: errors, flags, files, and tokenizer.json with Tokenizer.save and .load.
 
-# Why cut a text before merging? So that a token ends where a word does: else "dog.", "dog!" and
-# "dog?" would be three tokens, and a model would have to learn "dog" three times. It also saves
+# Why cut a text before merging? So that a token is a word or a part of one: else "dog.", "dog!" and
+# "(dog" would be three tokens, and a model would have to learn "dog" three times. It also saves
 # time: millions of chunks are mostly the same few. \p{L}: letter, \p{N}: digit, \s: white space.
-PATTERN = "|".join([                # GPT-4's pattern, but for a few details
+PATTERN = "|".join([                # between GPT-2's pattern and GPT-4's
     r"'(?i:[sdmt]|ll|ve|re)",       # the ends of it's, we'll, they've
-    r"[^\r\n\p{L}\p{N}]?\p{L}+",    # a word, with one space or sign before it: " the", "_name"
-    r"\p{N}{1,3}",                  # up to three digits: 2026 is "202", "6"
+    r" ?\p{L}+",                    # a word, with the space before it: " the"; in "_name", "name"
+    r"\p{N}{1,3}",                  # up to three digits, without a space: 2026 is "202", "6"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*",   # signs: " +=", or "):" with the line end after it
     r"\s*[\r\n]",                   # line ends, with the spaces before them
-    r"\s+(?!\S)|\s+",               # spaces; of several, the last is left to the word after it
+    r"\s+(?!\S)|\s+",               # spaces; of several, the last is left to what comes after
 ])
-# Special tokens are marks between texts, never text: "<|im_start|>" in a text is encoded as its 12
-# characters. Only a program can set a mark, by its id: no user can speak for another in a chat.
+# Special tokens are marks between texts, never text: "<|im_start|>" in a text is encoded as any
+# text. Only a program can set a mark, by its id: so no user can speak for another in a chat.
 END_OF_TEXT = "<|endoftext|>"
 CHAT_START = "<|im_start|>"
 CHAT_END = "<|im_end|>"
@@ -101,25 +101,25 @@ def learn_merges_naive(chunks, how_many):
 
 
 # ---- Training, for real: the same merges, far sooner ---------------------------------------------
-# A merge changes only the pairs beside it. So chunks are laid side by side, a GAP between them, and
-# pairs are counted once, their positions kept: a merge visits those of its pair and mends counts.
+# A merge changes only the pairs beside it. So each different chunk is laid down once, a GAP between
+# them, and pairs are counted once, their positions kept: a merge visits those and mends counts.
 # Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
-#     position          0    1    2    3    4    5
-#     ids             GAP    l    o    w    e  GAP
-#     after (l, o)    GAP   lo   lo    w    e  GAP          one (l, o) and (o, w) less, (lo, w) more
-#     after (lo, w)   GAP  low  GAP  low    e  GAP          inside a token: GAP
+#     position          0    1    2    3    4
+#     ids             GAP    l    o    w  GAP
+#     after (l, o)    GAP   lo   lo    w  GAP           one (l, o) and (o, w) less, one (lo, w) more
+#     after (lo, w)   GAP  low  GAP  low  GAP           inside a token: GAP
 GAP = -1  # between chunks, and inside a long token
 
 
 def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
-    # 1. Lay the chunks side by side, note where each pair stands, and its count as a change.
+    # 1. Lay the chunks side by side, note where each pair stands, and how often: a change from 0.
     ids = [GAP]
-    copies = [0]                                 # how often the chunk at each position occurs
+    copies = [0]                                 # how often the chunk at each position is in a text
     counts = Counter()                           # {pair: how often it occurs}
-    changes = Counter()                          # {pair: what step 2 adds to its count, at once}
-    positions = defaultdict(list)                # {pair: where it stands, or once stood}
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: how many bytes it covers}
+    changes = Counter()                          # {pair: what step 2 adds}: one entry a pair
+    positions = defaultdict(list)                # {pair: where its left one begins, or once began}
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: its bytes}; a GAP's is never used
     queue = []                                   # a heap of (-count, pair): the commonest on top
     merges = []
     for chunk, n in chunks.items():
@@ -140,7 +140,7 @@ def learn_merges(chunks, how_many):
             break
         priority, best = heapq.heappop(queue)
         if priority != -counts[best]:
-            continue                             # its count has changed since it was queued
+            continue                             # out of date: it was queued again, if still there
         del counts[best]                         # all are merged below
         left, right = best
         new = 256 + len(merges)
@@ -152,7 +152,7 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # inside, so that old positions fit no longer
+            ids[middle - 1] = ids[middle] = GAP  # else an old position inside would seem to fit
             ids[i] = ids[end - 1] = new          # after that: a token of two bytes has no inside
             before, after, n = ids[i - 1], ids[end], copies[i]
             changes[before, left] -= n
@@ -165,25 +165,21 @@ def learn_merges(chunks, how_many):
 
 
 # ---- The tokenizer: text to ids and back ---------------------------------------------------------
+@dataclass
 class Tokenizer:
-    """Text to ids and back. `data`: what tokenizer.json holds; as JSON has no bytes, a space is
-    spelled Ġ in it: to_bytes and read_pair (tools) undo that. tokens: {bytes: id}; bytes_of: {id:
-    bytes}; merges: [(bytes, bytes)]; special_tokens: {text: id}; start, end: ids, or None."""
-    def __init__(self, data):
-        self.data = data
-        self.special_tokens = {token["content"]: token["id"] for token in data["added_tokens"]}
-        self.tokens = {to_bytes(token): i for token, i in data["model"]["vocab"].items()
-                       if token not in self.special_tokens}
-        self.merges = [read_pair(pair) for pair in data["model"]["merges"]]
+    """Text to ids and back."""
+    tokens: dict  # {bytes: id}
+    merges: list  # pairs of tokens, (bytes, bytes), in the order in which they were learnt
+    special_tokens: dict  # {text: id}
+    start: int | None  # the id that begins a text (ours: None) ...
+    end: int | None  # ... and the one that ends it
+    patterns: list  # that cut a text: PATTERN; other people's may be several
+    data: dict  # what tokenizer.json holds, from which `read_tokenizer` (tools) takes the above
+
+    def __post_init__(self):
         self.bytes_of = {i: token for token, i in self.tokens.items()}
         self.bytes_of |= {i: text.encode() for text, i in self.special_tokens.items()}
         self.vocab_size = max(self.bytes_of) + 1
-        # A file does not say which mark begins a text (ours: none), which ends it: names tell.
-        starts = (text for text in self.special_tokens if regex.search("begin|bos|<s>", text))
-        ends = (text for text in self.special_tokens if regex.search("end|eos|</s>", text))
-        self.start = self.special_tokens.get(next(starts, None))
-        self.end = self.special_tokens.get(next(ends, None))
-        self._patterns = read_patterns(data["pre_tokenizer"])
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._ids_of = lru_cache(500_000)(self._encode_chunk)      # most chunks recur
 
@@ -192,18 +188,18 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3 only
             return [self.tokens[whole]]
-        parts = [bytes([byte]) for byte in whole]          # not ids: those differ from file to file
+        parts = [bytes([byte]) for byte in whole]          # bytes: ids differ from file to file
         while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours to merge
             pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))
         return [self.tokens[part] for part in parts]
 
     def encode(self, text):
-        """Return the ids of a text; "<|endoftext|>" in it is 13 characters, not a special token."""
+        """Return the ids of a text; "<|endoftext|>" in it is text, no special token."""
         if self.data.get("normalizer"):                    # Qwen's, NFC: "e" + accent is "é"
             text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
-        for pattern in self._patterns:                     # each cuts the pieces of the one before
+        for pattern in self.patterns:                      # each cuts the pieces of the one before
             chunks = chain.from_iterable(map(pattern.findall, chunks))
         return list(chain.from_iterable(map(self._ids_of, chunks)))
 
@@ -226,7 +222,7 @@ def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOK
     for text in documents:
         chunks.update(regex.findall(pattern, text))
     pairs = learn_merges(chunks, vocab_size - 256 - len(special_tokens))
-    return Tokenizer(tokenizer_json(pairs, pattern, special_tokens))
+    return read_tokenizer(tokenizer_json(pairs, pattern, special_tokens))      # ids become bytes
 
 
 # ---- Which texts are held out, from the tokenizer as well ----------------------------------------
@@ -243,7 +239,7 @@ def split_documents(documents):
     """Yield (split, text). Documents stay whole, as half a text gives away the rest; but where
     there are fewer than 20, they are joined, "val" is the last tenth, and there is no "test"."""
     documents = iter(documents)
-    first = list(islice(documents, 20))
+    first = list(islice(documents, 20))                    # not all: they may fill the memory
     if len(first) < 20:
         text = "\n".join(first)
         cut = len(text) * 9 // 10
@@ -474,6 +470,19 @@ def read_patterns(cutter):
     return [regex.compile(f"{cut}|(?:(?!{cut})[\\s\\S])+") for cut in cuts]
 
 
+def read_tokenizer(data):
+    """Return the Tokenizer that tokenizer.json tells of."""
+    special = {token["content"]: token["id"] for token in data["added_tokens"]}
+    tokens = {to_bytes(token): i for token, i in data["model"]["vocab"].items()
+              if token not in special}
+    merges = list(map(read_pair, data["model"]["merges"]))
+    # A file does not say which mark begins a text, and which ends it: names tell.
+    starts = filter(regex.compile("begin|bos|<s>").search, special)
+    ends = filter(regex.compile("end|eos|</s>").search, special)
+    return Tokenizer(tokens, merges, special, special.get(next(starts, None)),
+                     special.get(next(ends, None)), read_patterns(data["pre_tokenizer"]), data)
+
+
 def save_tokenizer(tokenizer, folder):
     """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer wants."""
     write_json(Path(folder) / "tokenizer.json", tokenizer.data)
@@ -488,7 +497,7 @@ def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
     try:
-        return Tokenizer(data)
+        return read_tokenizer(data)
     except Exception as error:                         # a file may hold anything
         raise CourseError(f"{path}: no byte-level BPE, or damaged ({error!r})") from None
 

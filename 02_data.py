@@ -37,11 +37,9 @@ CourseError = chapter1.CourseError
 # Legend
 #   B   batch: how many sequences one step reads
 #   T   time: the tokens of one sequence, also called the context
-#   V   vocabulary: how many ids there are
 #   split      "train" to learn from, "val" to choose settings by, "test" for the end, read once
 #   step       one update of the model's weights; it reads one batch
 #   epoch      one pass over all sequences of the train split
-# `download` and `show_progress` are tools: they stand at the file's end.
 
 
 # ---- Cleaning ------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Chapter 3 · The model: a GPT with attention by hand, able to open GPT-2, Llama and Qwen3 weights.
 
 Tokens go in; out comes, at every position, a number (logit) for each token that could be next. In
-between stand equal blocks: attention lets a position gather what it needs from those before it, and
-the MLP, two or three matrices, works on it. Both only add to a running sum, the residual stream x:
-so a block need only mend what is there, and gradients reach the first blocks, too.
+between stand blocks of one shape: attention lets a position gather what it needs from those before,
+and the MLP, two or three matrices, works on it. Both only add to a running sum, the residual stream
+x: so a block need only mend what is there, and gradients reach the first blocks, too.
 
     ids (B, T) -> embed -> x (B, T, C) ->+-----------------------+->+-----------------+-> ...
                                          |                       ^  |                 ^
@@ -13,9 +13,8 @@ so a block need only mend what is there, and gradients reach the first blocks, t
     GPT-2 (2019)  LayerNorm  learned positions  GELU    biases
     today         RMSNorm    RoPE               SwiGLU  no biases, QK-norm; often grouped heads
 
-Run:    python 03_model.py                  the parts, what they cost, a test of causality
+Run:    python 03_model.py                  the parts, their cost, causality; draws out/rope.png
         python 03_model.py --preset gpt2    of another shape; every setting is a flag, see --help
-Draws:  out/rope.png
 Source: Vaswani 2017 (attention), Radford 2019 (GPT-2), Su 2021 (RoPE), Zhang 2019 (RMSNorm),
         Shazeer 2020 (SwiGLU), Ainslie 2023 (grouped heads), Henry 2020 (QK-norm)
 """
@@ -36,7 +35,7 @@ chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences in a batch     T  positions that ask     S  positions seen: T, but for chapter 5
+#   B  sequences in a batch     T  positions read now     S  and before: T, but for chapter 5
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     M  hidden width of the MLP     V  vocabulary
 # Tools, at the file's end: kinds of attention, presets, `model.save` and `GPT.load`.
@@ -48,14 +47,14 @@ CourseError = chapter1.CourseError
 # the larger their dot product (the sum of the products of their numbers), and the more of that
 # value is taken. "sat" asks who does it, say:
 #     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); dot products: 0, 4, 2
-#     over sqrt(2): 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
+#     over sqrt(D), D = 2: 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
 # So "sat" takes .77 of the value of "cat". Heads do so side by side, each with queries of its own:
 # one may look for who does it, another for where.
 # Why sqrt(D)? A sum of D random products grows like sqrt(D). With large scores, softmax gives all
 # weight to one winner; then small changes change nothing, there is no gradient, nothing is learnt.
 def attention_formula(q, k, v, visible=None):
     """Average the values by how well queries fit keys. q (B, H, T, D), k and v (B, H, S, D)."""
-    q = q / math.sqrt(q.shape[-1])               # here, as the scores are more
+    q = q / math.sqrt(q.shape[-1])               # q, not the scores: those are more
     scores = q @ k.transpose(-2, -1)             # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     if visible is not None:                      # (T, S) or (B, 1, T, S): True where one may look
         scores = scores.masked_fill(~visible, float("-inf"))       # exp(-inf) is 0: no weight there
@@ -65,9 +64,9 @@ def attention_formula(q, k, v, visible=None):
 
 def who_sees(T, S, documents=None, device=None):
     """Return the causal mask (T, S), True where one may look: each position sees itself and those
-    before it, as it is to guess the next token, not to copy it. Here, T is S; when chapter 5 has
-    read some positions before, only the last T of S ask. With `documents` (B, S), a number per text
-    (chapter 6), a position sees its own text only.
+    before it, as it is to guess the next token, not to copy it. The T that ask are the last of S:
+    all of them, until chapter 5. With `documents` (B, S), a number per text (chapter 6), a position
+    sees its own text only.
 
     >>> who_sees(3, 3).tolist()
     [[True, False, False], [True, True, False], [True, True, True]]
@@ -83,13 +82,13 @@ def who_sees(T, S, documents=None, device=None):
 # ---- Attention, for real -------------------------------------------------------------------------
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D): by the
-    formula; for longer texts by another kind, see `choose_attention` (tools)."""
+    formula or, in "auto" for longer texts, by another kind: see `choose_attention` (tools)."""
     kind = choose_attention(kind, k.shape[2])
     sharers = q.shape[1] // k.shape[1]           # grouped heads: so many share each key head
     if sharers > 1:
         k = k.repeat_interleave(sharers, dim=1)  # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(sharers, dim=1)
-    if kind == "fused":                          # choose_mask leaves a plain causal mask to it
+    if kind == "fused":                          # without a mask, it makes the causal one itself
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -106,25 +105,26 @@ def attention(q, k, v, visible=None, kind="formula"):
 # w = 0.1, it grows by 0.2 for positions 7 and 5, as for 102 and 100. Each pair has its own speed w:
 # fast ones tell neighbours apart, but repeat after a full circle; slow ones tell near from far.
 def rope_angles(config, positions):
-    """Return cos and sin, each (T, D/2), of the angles at each position (T), for `rotate`."""
+    """Return cos and sin, (T, D) each, of the angles at positions (T), for `rotate`."""
     exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
     speeds = config.rope_theta ** -exponents                   # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)                   # (T, D): of all x, of all y
     return angles.cos(), angles.sin()
 
 
 def rotate(heads, cos, sin):
-    """Turn all pairs of queries or keys (B, H, T, D) at once."""
+    """Turn all pairs of queries or keys (B, H, T, D) at once: (x, y) cos + (-y, x) sin."""
     x, y = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
-    turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)         # (B, H, T, D)
+    turned = heads * cos + torch.cat((-y, x), dim=-1) * sin        # (B, H, T, D)
     return turned.type_as(heads)                                   # cos and sin are float32
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) times learned weights: x (..., width) grows with every sum, but so
-    each part reads numbers of one size, however deep it stands."""
+    """x / sqrt(mean(x^2) + eps) times learned weights. x (..., width) grows from block to block; so
+    divided, it is of one size for each part, however deep that stands."""
 
     def forward(self, x):
         # nn.RMSNorm's own forward warns at 16 bits (chapter 4).
@@ -191,8 +191,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
-        # Why fewer heads with keys? Sampling (chapter 5) keeps the keys and values of all positions
-        # and reads them again for each token: fewer heads, so less memory.
+        # Why may K be less than H? Sampling (chapter 5) keeps keys and values of all positions, and
+        # reads them again for each token: fewer heads, so less memory.
         self.q_proj = nn.Linear(C, H * D, config.bias)
         self.k_proj = nn.Linear(C, K * D, config.bias)
         self.v_proj = nn.Linear(C, K * D, config.bias)
@@ -289,18 +289,18 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     def forward(self, ids, documents=None, cache=None, last_only=False):
-        """Return logits (B, T, V) for ids (B, T), the next T after those in a cache (chapter 5);
-        with last_only, of the last position alone, (B, 1, V). documents (B, S): see who_sees."""
+        """Return logits (B, T, V) for ids (B, T). For later chapters: the next T after those in a
+        cache; with last_only, of the last position alone, (B, 1, V); documents, see who_sees."""
         past = 0 if cache is None else cache.length                # 0 until chapter 5: S is T
         T = ids.shape[1]
         S = past + T
         if S > self.config.context:
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
-        angles = rope_angles(self.config, positions)               # (T, D/2) each, for RoPE
-        visible = choose_mask(self.config.attention, T, S, documents, ids.device)
+        angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
+        visible = choose_mask(self.config.attention, T, S, documents, ids.device)    # or None
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
-        if self.embed_positions:
+        if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
         x = self.dropout(x)
         for block in self.layers:
@@ -319,7 +319,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    It also meets T / 2 keys and T / 2 values, C numbers each: like C T weights more a block."""
+    In attention, a token meets T / 2 keys and as many values: like C T weights more a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -346,11 +346,11 @@ def show_causality(config):
 
 def draw_rope(config, path):
     """Draw how alike RoPE leaves two positions at a distance: some pairs, and the mean of all."""
-    cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D/2)
+    cosines, _ = rope_angles(config, torch.arange(config.context))             # (T, D)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
                               title="RoPE: every fourth pair of numbers; black: the mean of all")
-    axis.plot(cosines[:, ::4], linewidth=1)
+    axis.plot(cosines[:, :config.head_width // 2:4], linewidth=1)
     axis.plot(cosines.mean(dim=1), "k")
     chapter1.save_figure(figure, path)
     print(f"drew {path}")

@@ -12,7 +12,7 @@ Run:    python 04_train.py                    picks device, precision and preset
         python 04_train.py --resume           goes on where the last run stopped (Ctrl-C is safe)
         python 04_train.py --test             the best model on all of val and test: look once
 Writes: out/base/: the best weights, as a folder for transformers; resume.pt, log.csv, loss.png
-Source: Micikevicius 2018 (mixed precision), Loshchilov 2019 (AdamW), Jordan 2024 (Muon)
+Source: Micikevicius 2018 (mixed precision), Loshchilov 2019 (AdamW), Jordan 2024, Liu 2025 (Muon)
 """
 import atexit
 import csv
@@ -101,13 +101,13 @@ def orthogonalise(matrices):
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.mT                                          # X X^T, (N, rows, rows)
-        bend = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b square + c square^2
+        bend = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b X X^T + c X X^T X X^T
         x = torch.baddbmm(x, bend, x, beta=a)                      # a x + bend @ x
     return x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan et al. 2024); all matrices of one shape at once."""
+    """Momentum, made orthogonal; all matrices of one shape at once. Torch saves the `state`."""
 
     def __init__(self, matrices, lr, weight_decay):
         by_shape = {}
@@ -162,21 +162,21 @@ def make_optimizers(model, config):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and so every gradient, by a factor: on overflow, no step, and half the factor
+#          loss, and so all gradients, by a factor (1 elsewhere): on overflow, no step, and half it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
 def train(model, batch, config, machine, folder, measure, keep):
-    """Train a model and return its log, a row for each step. batch(step) -> x, y and perhaps the
-    documents of chapter 6, each (R, T); measure(model) -> held-out loss, bits per byte; keep(model)
-    stores the best so far. `main` makes all three."""
+    """Train a model and return its log, a row for each step. batch(step) -> x, y and, in chapter 6,
+    each token's text (its number), (R, T); measure(model) -> held-out loss, bits per byte;
+    keep(model) stores the best so far. `main` makes all three."""
     model.train()                                                  # a mode: dropout is on
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)        # tried on batch(0)
+        sums = compile_parts(model, batch(0), config, machine)     # and the blocks, in place
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -184,17 +184,17 @@ def train(model, batch, config, machine, folder, measure, keep):
             schedule = lr_scale(step, config)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = schedule * optimizer.defaults["lr"]
+                    group["lr"] = schedule * optimizer.defaults["lr"]          # that it began with
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. Sum each micro-batch's loss and divide by the targets of the whole step: so the
-            #    gradients add up to those of one large batch. (With means, they would not.)
+            #    gradients add up to those of one large batch. (Means would not, if counts differ.)
             whole = batch(step)                                    # x, y ...: (R, T) each
             count = max(1, int((whole[1] != IGNORED).sum()))       # targets
             step_terms = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = compiled_sums(model(x, *documents), y) / count     # (len(TERMS))
+                    terms = sums(model(x, *documents), y) / count              # (len(TERMS))
                 scaler.scale(terms.sum()).backward()
                 step_terms += terms.detach()                       # the numbers alone
 
@@ -205,11 +205,11 @@ def train(model, batch, config, machine, folder, measure, keep):
                     machine.total(p.grad)
 
             # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
-            #    shorten a long gradient (all weights' as one vector), which would drown the rest.
+            #    shorten a long gradient (all weights' as one vector): it would drown the others.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *values, length = torch.cat((step_terms, length[None])).tolist()   # before clipping
+            *values, grad_norm = torch.cat((step_terms, length[None])).tolist()    # one wait
 
             # 5. Move the weights.
             for optimizer in optimizers.values():
@@ -221,18 +221,18 @@ def train(model, batch, config, machine, folder, measure, keep):
             tokens = whole[0].numel()
             seconds = time.time() - start
             log.append({"step": step + 1, "tokens": tokens * (step + 1), "seconds": seconds,
-                        **dict(zip(TERMS, values)), "grad_norm": length, "lr_scale": schedule,
+                        **dict(zip(TERMS, values)), "grad_norm": grad_norm, "lr_scale": schedule,
                         "tokens_per_second": tokens / seconds})
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(length):  # above 1, fp16 skips a step
-                raise CourseError(f"loss or gradient is {length}: lower --lr and --matrix-lr")
+            if scaler.get_scale() <= 1 and not math.isfinite(grad_norm):       # else, fp16 tries on
+                raise CourseError(f"loss or gradient is {grad_norm}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
                 if machine.rank == 0:
                     take_stock(to_save, log, config, folder, measure, keep)
-                machine.total(torch.zeros(1))                      # the others wait for it
+                machine.total(torch.zeros(1))                      # all wait for process 0
             if stops and len(log) < config.steps:
                 print(f"stopped after step {len(log)} and saved: --resume goes on")
                 sys.exit(130)
@@ -242,7 +242,7 @@ def train(model, batch, config, machine, folder, measure, keep):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats a target, bits a byte) on sequences (N, 2 or 3, T); sizes (V,): ids' bytes."""
+    """Return (nats a target, bits a byte) of x, y (and documents): (N, 2 or 3, T). sizes: (V,)."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
     nats = 0.0
@@ -259,9 +259,9 @@ def evaluate(model, machine, tokens, sizes, limit=0):
     if len(tokens) <= T:
         raise CourseError(f"{len(tokens)} held-out tokens: use more text or a smaller --context "
                           "(fewer than 20 documents have no test split)")
-    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1), T apart
+    ids = torch.from_numpy(tokens.astype("int64")).unfold(0, T + 1, T)         # (N, T + 1)
     stride = math.ceil(T * len(ids) / (limit or len(tokens)))
-    x_and_y = torch.stack((ids[::stride, :-1], ids[::stride, 1:]), dim=1)      # (N, 2, T): some
+    x_and_y = torch.stack((ids[::stride, :-1], ids[::stride, 1:]), dim=1)      # (N, 2, T)
     return surprise(model, machine, x_and_y, sizes)
 
 
@@ -338,13 +338,13 @@ def main(config):
 
     # 2. The model, and how well it guesses now.
     torch.manual_seed(config.seed)
-    if config.init:                                                # --test alone: of out/base
+    if config.init:                                                # with --test, it is out/base
         model = chapter3.GPT.load(config.init, config.context)
     else:
         V = max(config.vocab_size, tokenizer.vocab_size)
         config.vocab_size = math.ceil(V / 64) * 64
         model = chapter3.GPT(chapter3.GPTConfig(**chapter3.shape_of(vars(config))))
-    vars(config).update(vars(model.config))        # kv_heads, hidden ... are 0 until here
+    vars(config).update(vars(model.config))        # the shape of --init's, and what was 0 so far
     model.to(machine.device).eval()
     sizes = torch.from_numpy(chapter2.token_sizes(tokenizer, config.vocab_size))
     if config.test:
@@ -359,7 +359,7 @@ def main(config):
 
     # 3. Training.
     def batch(step):
-        # A sequence may span documents: it is learnt that nothing before END_OF_TEXT matters.
+        # A sequence may span documents: the model learns that all before END_OF_TEXT is past.
         R = max(1, config.batch_tokens // config.context)
         x, y = chapter2.get_batch(texts["train"], step, R, config.context, config.seed)
         return torch.from_numpy(x), torch.from_numpy(y)

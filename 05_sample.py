@@ -38,7 +38,6 @@ CourseError = chapter1.CourseError
 #   stream   one text being written; each has random numbers of its own
 #   ends     ids that end a text
 #   message  {"role": "user", "assistant" or "system", "content": text}; a chat is a list of them
-# `open_model` is a tool: it stands at the file's end.
 
 
 # ---- From scores to one token --------------------------------------------------------------------
@@ -288,9 +287,6 @@ def chat(model, tokenizer, config, ends):
 
 
 # ---- The script ----------------------------------------------------------------------------------
-CHAT_TEMPERATURE = 0.2  # low: an answer should be right rather than surprising
-
-
 @dataclass
 class Config:
     model: str = ""  # folder that chapter 3 opens (default: out/base; to chat, out/chat)
@@ -309,12 +305,12 @@ class Config:
 
 
 def defaults_for(given):
-    """Return the temperature to chat at. Raises CourseError for flags that do nothing together."""
+    """Return the temperature to chat at: low, to be right rather than surprising; or complain."""
     for group in ("chat heatmap samples", "chat prompt"):
         found = sorted(given.keys() & group.split())
         if len(found) > 1:
             raise CourseError(f"these flags do nothing together: {', '.join(found)}")
-    return {"temperature": CHAT_TEMPERATURE} if given.get("chat") else {}
+    return {"temperature": 0.2} if given.get("chat") else {}
 
 
 def main(config):
@@ -380,8 +376,7 @@ def generate_all(model, prompts, config, ends, vocab_size=None):
     return written
 
 
-# What encode_chat writes, as a Jinja template, for transformers.
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (  # what encode_chat writes, as a Jinja template, for transformers
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
@@ -395,7 +390,7 @@ def with_chat_tokens(model, tokenizer):
         return model, tokenizer, missing
     more = [chapter1.special_json(text, i) for i, text in enumerate(missing, tokenizer.vocab_size)]
     data = {**tokenizer.data, "added_tokens": tokenizer.data["added_tokens"] + more}
-    tokenizer = chapter1.Tokenizer(data)
+    tokenizer = chapter1.read_tokenizer(data)
     V = max(tokenizer.vocab_size, model.config.vocab_size)
     grown = chapter3.GPT(replace(model.config, vocab_size=V)).eval()
     for new, old in zip(grown.state_dict().values(), model.state_dict().values()):

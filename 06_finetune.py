@@ -55,7 +55,7 @@ IGNORED = chapter4.IGNORED
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
 #   noise      random words in the place of a phrasing's own
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
-#   N  sequences in all, R of a step     T  tokens of a sequence     (in the grammar: slots)
+#   N  sequences in all, R of a step     T  tokens of a sequence
 # Tools, at the file's end: how a task is composed, which names are held out, how an answer is run.
 
 
@@ -103,7 +103,7 @@ def batches_of(examples, R, T, filler):
     sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and again
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # then from 0
         return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
@@ -176,18 +176,19 @@ def merge_lora(model):
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
 # An entry of the grammar is a sort of task: its kind, its code, its description. A task is made of
-# one, or of two: of `max(N, X)`, with `abs(X)` in it, comes
+# one, or of two: `max(N, X)`, with `abs(X)` as its X, gives
 #     Write top(x, y), which returns the larger of x and the absolute value of y.
 #     def top(x, y):
 #         part = abs(y)
 #         return max(x, part)
-# Add entries of your own: that is all, if the judge allows what their code uses. {a|b} is a or b;
-# "/" parts the lines of a loop, between "total = 0" and "return total". Capitals are slots:
+# {a|b} is a or b; "/" parts the lines of a loop, between "total = 0" and "return total". Capitals
+# are slots (no sizes here), in the description each that the code has:
 #   N M number, L list, T text      a parameter
 #   X number, Y list, Z text        another entry, or a parameter
 #   K number, S small one           a constant, or a parameter
 #   W number                        another entry, a constant or a parameter
-#   P property, Q question          another entry            C letter     a constant
+#   P property, Q question          another entry; a property is of an `item`, never alone
+#   C letter                        a constant
 # A star: never put into another (nor are conditions, loops): "the square of x plus 7" is misread.
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
@@ -313,7 +314,7 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)         # fills in the rest
+    code, task.description = compose(entry, task, parameters, chooser)     # and kinds, entries ...
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
     if entry.kind == "loop":
@@ -331,13 +332,13 @@ def is_held_out(*what):
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Draw until `count` fit: held out in them is a "constant", a "pair" or, with "", nothing."""
+    """Draw tasks until `count` have just `new` held out in them: a "constant", a "pair", or ""."""
     chooser = random.Random(seed)
-    lines = phrasings.strip().splitlines()
+    sentences = phrasings.strip().splitlines()
     wanted = (new == "constant", new == "pair")
     tasks = []
     while len(tasks) < count:
-        task = draw_task(names, lines, noise, chooser)
+        task = draw_task(names, sentences, noise, chooser)
         has_constant = any(is_held_out(*constant) for constant in task.constants)
         has_pair = len(task.entries) == 2 and is_held_out(*sorted(task.entries))
         if (has_constant, has_pair) == wanted:
@@ -354,9 +355,9 @@ def held_out_tasks(names, new_names, count, seed):
 
 
 # ---- The judge runs the answer -------------------------------------------------------------------
-# What a model writes is a stranger's code. Only what `is_allowed` allows is run (by `run_answer`),
-# in a process of its own with little time and memory: no import, no `while`, no attribute but
-# methods of texts and lists.
+# What a model writes is a stranger's code. Only what `is_allowed` allows is run: no import, no
+# `while`, no attribute but methods of texts and lists. And that (by `run_answer`) in a process of
+# its own, with little time and memory.
 VERDICTS = ("no end", "no parse", "wrong header", "not allowed", "error", "wrong value", "pass")
 SYNTAX = set("""Return Assign AugAssign For If IfExp Name Load Store keyword BinOp UnaryOp BoolOp
     Compare Add Sub Mult Div FloorDiv Mod Pow USub Not And Or Eq NotEq Lt LtE Gt GtE In NotIn List
@@ -390,7 +391,7 @@ def verdict_on(task, answer, has_ended):
         return "no parse"
     if len(statements) != 1 or text.partition("\n")[0] != task.header:
         return "wrong header"
-    large_power = re.search(r"\*\*(?! \d\b)", text)           # not x ** 3, but x ** 12, x ** y
+    large_power = re.search(r"\*\*(?! \d\b)", text)           # x ** 3 is fine; no x ** 12, x ** y
     nodes = chain.from_iterable(map(ast.walk, statements[0].body))
     if large_power or not all(map(is_allowed, nodes)):
         return "not allowed"
@@ -448,16 +449,16 @@ def show_results(model, tokenizer, new_tasks, ends):
 @dataclass
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base)
-    steps: int = 1800  # updates of the weights
+    steps: int = 1600  # updates of the weights
     lr: float = 1e-3  # AdamW's; with chapter 4's 6e-3, the embeddings would forget
-    eval_every: int = 900  # steps between evaluations (each also saves)
+    eval_every: int = 800  # steps between evaluations (each also saves)
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
     conversations: str = ""  # instead of tasks: JSON lines of your own, or dolly
-    examples: int = 50000  # tasks to learn from
+    examples: int = 45000  # tasks to learn from
     lora_rank: int = 0  # train adapters of this rank, by AdamW; more change more (0: all weights)
     show_mask: bool = False  # print one training example with the learnt tokens marked, and stop
     tasks: int = 150  # held-out tasks of each sort whose answers are run (0: none)
-    tasks_seed: int = 2028  # draws those; whoever tunes settings by them should then take another
+    tasks_seed: int = 2029  # draws those; whoever tunes settings by them should then take another
 
 
 def find_conversations(config, tokenizer):
@@ -565,7 +566,7 @@ def compose(entry, task, parameters, chooser):
             code, text = compose(chooser.choice(others), task, parameters, chooser)
             texts[slot] = text.removeprefix("whether ")        # "x if y is even, otherwise z"
             codes[slot] = code
-            if slot not in "PQ":                               # these stay within the line
+            if slot not in "PQ":                               # P and Q stay within the line
                 task.lines.append(f"part = {code}")
                 codes[slot] = "part"
         elif slot == "C" or (slot in CONSTANTS and chooser.random() < 0.8):
@@ -579,9 +580,9 @@ def compose(entry, task, parameters, chooser):
 
 def phrase(task, phrasing, noise, chooser):
     """Return an instruction: a phrasing with the task's header and description in it. noise: words
-    that take the place of others, as in "Bytes a turbo add(a, b) with raise the sum of a and b": so
-    a model learns to look for header and description, and not to lean on the rest: without noise,
-    half as many new phrasings pass."""
+    to take the place of others: "Write a function f(x) that gives ..." becomes "Bytes a turbo f(x)
+    with raise ...". So a model learns to look for header and description, and not to lean on the
+    rest: without noise, half as many new phrasings pass."""
     share = chooser.choice([0, 0.5, 1, 1])                     # of words that are noise
     header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
@@ -620,8 +621,7 @@ def encode_fitting(conversations, tokenizer, context):
 def split_off(conversations):
     """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
     if len(conversations) < 20:
-        print(f"{len(conversations)} conversations are too few to hold some out: the loss below is "
-              "that of the ones it learns")
+        print(f"too few to hold some out ({len(conversations)}): the loss below is of all")
         return conversations, conversations
     shuffled = random.Random(0).sample(conversations, len(conversations))
     cut = min(200, len(shuffled) // 20)
@@ -631,8 +631,7 @@ def split_off(conversations):
 def split_names(tokenizer):
     """Return (names to learn with, names held out, words for noise), from Python's train modules.
     Names are copied token by token, and a token never seen in a name is hard to copy. So there are
-    made-up names to learn with: each token of small letters begins one, and ends one. A name is
-    held out only if those to learn with have its tokens."""
+    made-up names to learn with, and only names whose tokens are in them are held out."""
     counts = Counter()
     for split, text in chapter1.split_documents(chapter1.read_source(["python"])):
         if split == "train":
@@ -643,16 +642,15 @@ def split_names(tokenizer):
     held_out = list(filter(is_held_out, words))
     pieces = [token.decode().strip() for token in tokenizer.tokens
               if re.fullmatch(b" ?[a-z]+", token)]
-    endings = random.Random(0).sample(pieces, len(pieces))
+    endings = random.Random(0).sample(pieces, len(pieces))     # each begins one name, and ends one
     made_up = map("".join, zip(pieces, endings))
     to_learn = sorted({*words, *made_up} - {*held_out} - taken)
     # Not used as noise: held-out names, as they would be learnt, and what descriptions are made of.
     not_noise = {*held_out, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
 
-    def tokens_of(name):
-        """A token may hold what is before a name, too: " ", "(" or "_"."""
-        return set(tokenizer.encode(f" {name}({name}_{name}"))
+    def tokens_of(name):                                       # with a space before it, and without
+        return set(tokenizer.encode(f" {name}({name}"))
 
     known = set().union(*map(tokens_of, to_learn))
     return to_learn, [name for name in held_out if tokens_of(name) <= known], noise
@@ -724,7 +722,7 @@ def run_answer(task, answer):
                                capture_output=True, text=True, encoding="utf-8")
     except subprocess.TimeoutExpired:
         return "error"
-    return child.stdout.strip() or "error"       # nothing: it took too much time or memory
+    return child.stdout.strip() or "error"       # nothing: it was ended, as it took too long
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_files_hold_the_documents_in_order_each_with_an_end(root, tokenizer):
 @pytest.mark.parametrize("end, dtype", [(2**16 - 1, "uint16"), (2**16, "uint32")])
 def test_large_vocabularies_get_wider_integers(tokenizer, tmp_path, end, dtype):
     data = {**tokenizer.data, "added_tokens": [chapter1.special_json(END_OF_TEXT, end)]}
-    chapter1.Tokenizer(data).save(tmp_path / "tokenizer")
+    chapter1.read_tokenizer(data).save(tmp_path / "tokenizer")
     encode([("train", "the only document of all")], tmp_path)
     tokens, meta = chapter2.open_tokens(tmp_path / "data", "train")
     assert tokens.dtype == meta["dtype"] == dtype and tokens[-1] == end

@@ -85,7 +85,7 @@ def test_what_the_course_found_is_told():
 
 
 def test_presets_give_the_step():
-    for preset, expected in (("modern-124m", (1024, 32, 4)), ("gpu", (256, 128, 1))):
+    for preset, expected in (("modern-124m", (1024, 32, 16)), ("gpu", (256, 128, 1))):
         flags = bench_gpu.parse(["--preset", preset])
         assert (flags.context, flags.micro_batch, flags.accumulate) == expected
 

@@ -140,7 +140,7 @@ def show_copied(tasks, answers, verdicts, training):
 def show_after(model, tokenizer, ends, tasks, training):
     """Return {label: verdicts} of the tuned model; print what is copied, and pass@1 by kind."""
     results, everything, greedy = {}, [], []
-    for temperature in (0.0, chapter5.CHAT_TEMPERATURE):
+    for temperature in (0.0, chapter5.defaults_for({"chat": True})["temperature"]):
         for label, some in tasks.items():
             answers, verdicts = chapter6.answer_tasks(model, tokenizer, some, ends, temperature)
             results[f"{label}, {temperature}"] = verdicts

@@ -12,7 +12,7 @@ Prints: tokens/s, TFLOP/s, share of the chip's peak (MFU), memory and seconds to
 Ours is a preset of chapter 3, modern-124m, under chapter 4's `train`: Muon and AdamW, the numbers of each step fetched.
 nanoGPT's settings, in chapter 3's parts: LayerNorm without bias, learned positions, GELU, tied embeddings, fused
 attention, AdamW for all weights, in a loop that waits for nothing. Both: bf16, torch.compile, the same micro-batches
-of random tokens, clipping, 20 steps after 5; the median counts. Each variant has a process of its own, so that one
+of random tokens, as many a step as the preset has, clipping, 6 steps after 3; the median counts. Each variant has a process of its own, so that one
 without memory or time ends alone; from the second on, some kernels are compiled already when it looks for them.
 """
 import argparse
@@ -47,7 +47,7 @@ TINY = dict(vocab_size=320, context=64, layers=2, heads=2, width=32)
 VARIANTS = ["auto", "nanogpt", "formula", "blocks", "fused"]
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71, "V100": 125,
          "T4": 65}  # 10^12 operations a second at 16 bits, without sparsity, as their makers state
-WARM = 5  # steps that do not count
+WARM = 3  # steps that do not count
 GOALS = {"auto": 1.0, "formula": 0.75, "blocks": 0.75}  # least share of the speed of nanoGPT's settings
 
 
@@ -622,8 +622,8 @@ def parse(argv):
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="root folder of --course")
     parser.add_argument("--preset", default="modern-124m", choices=chapter3.PRESETS, help="whose shape and settings to measure")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences at once (default: the preset's)")
-    parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step (default: the preset's, 4 at most)")
-    parser.add_argument("--steps", type=int, default=20, help=f"steps that count, after {WARM} that do not")
+    parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step (default: the preset's)")
+    parser.add_argument("--steps", type=int, default=6, help=f"steps that count, after {WARM} that do not")
     parser.add_argument("--seconds", type=float, default=150, help="for the speed of all variants; who comes late is left out")
     parser.add_argument("--check-seconds", type=float, default=60, help="for the checks")
     parser.add_argument("--course-seconds", type=float, default=900, help="for the course")
@@ -638,7 +638,7 @@ def parse(argv):
     if flags.tiny:
         flags.context, flags.micro_batch, flags.accumulate, flags.steps = TINY["context"], 2, 2, 2
     flags.micro_batch = flags.micro_batch or preset["micro_batch"]
-    flags.accumulate = flags.accumulate or min(4, preset["batch_tokens"] // (flags.micro_batch * flags.context))
+    flags.accumulate = flags.accumulate or preset["batch_tokens"] // (flags.micro_batch * flags.context)
     return flags
 
 
