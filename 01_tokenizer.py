@@ -69,7 +69,7 @@ def merge(tokens, pair, new):
     left, right = pair
     merged = []
     for token in tokens:
-        if merged and merged[-1] == left and token == right:       # the left one is there already
+        if merged and merged[-1] == left and token == right:       # the left one was just appended
             merged[-1] = new
         else:
             merged.append(token)
@@ -115,11 +115,11 @@ def learn_merges(chunks, how_many):
     """Return what learn_merges_naive returns."""
     # 1. Lay the chunks side by side, note where each pair stands, and how often: a change from 0.
     ids = [GAP]
-    copies = [0]                                 # how often the chunk at each position is in a text
+    copies = [0]                                 # how often the chunk there is in the texts
     counts = Counter()                           # {pair: how often it occurs}
-    changes = Counter()                          # {pair: what step 2 adds}: one entry a pair
+    changes = Counter()                          # {pair: what step 2 adds to its count}
     positions = defaultdict(list)                # {pair: where its left one begins, or once began}
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: its bytes}; a GAP's is never used
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: its bytes}; a GAP's: any number
     queue = []                                   # a heap of (-count, pair): the commonest on top
     merges = []
     for chunk, n in chunks.items():
@@ -130,7 +130,7 @@ def learn_merges(chunks, how_many):
         ids += [*piece, GAP]
         copies += [n] * (len(piece) + 1)
     while len(merges) < how_many:
-        # 2. Bring the counts up to date, and choose the commonest pair.
+        # 2. Add what step 1 or the last merge changed, and choose the commonest pair.
         for pair, change in changes.items():
             counts[pair] += change
             if counts[pair] > 0 and GAP not in pair:       # no pair with a gap is merged
@@ -152,7 +152,7 @@ def learn_merges(chunks, how_many):
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
                 continue                         # gone by now: in "aaa", the first two are merged
-            ids[middle - 1] = ids[middle] = GAP  # else an old position inside would seem to fit
+            ids[middle - 1] = ids[middle] = GAP  # inside: old positions there no longer fit
             ids[i] = ids[end - 1] = new          # after that: a token of two bytes has no inside
             before, after, n = ids[i - 1], ids[end], copies[i]
             changes[before, left] -= n
@@ -188,7 +188,7 @@ class Tokenizer:
         whole = chunk.encode("utf-8", "replace")
         if self.data["model"].get("ignore_merges") and whole in self.tokens:     # Llama 3 only
             return [self.tokens[whole]]
-        parts = [bytes([byte]) for byte in whole]          # bytes: ids differ from file to file
+        parts = [bytes([byte]) for byte in whole]  # elsewhere, the id of byte 97 need not be 97
         while mergeable := self._ranks.keys() & zip(parts, parts[1:]):     # neighbours to merge
             pair = min(mergeable, key=self._ranks.get)
             parts = merge(parts, pair, b"".join(pair))

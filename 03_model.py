@@ -35,7 +35,7 @@ chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences in a batch     T  positions read now     S  and before: T, but for chapter 5
+#   B  sequences in a batch     T  positions read now     S  with earlier ones: T, till chapter 5
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     M  hidden width of the MLP     V  vocabulary
 # Tools, at the file's end: kinds of attention, presets, `model.save` and `GPT.load`.
@@ -97,7 +97,7 @@ def attention(q, k, v, visible=None, kind="formula"):
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
-# Attention hardly sees the order of words. RoPE turns each pair (x, y), numbers i and i + D/2 of a
+# Only its mask tells attention of order. RoPE turns each pair (x, y), numbers i and i + D/2 of a
 # query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
 # The dot product of two such pairs is their lengths times the cosine of the angle between them; of
@@ -109,7 +109,7 @@ def rope_angles(config, positions):
     exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
     speeds = config.rope_theta ** -exponents                   # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)                   # (T, D): of all x, of all y
+    angles = torch.cat((angles, angles), dim=-1)                   # (T, D): x and y of a pair alike
     return angles.cos(), angles.sin()
 
 
@@ -123,8 +123,8 @@ def rotate(heads, cos, sin):
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
 # New to torch? module(x) calls its `forward`; super().__init__() lets torch find the weights in it.
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) times learned weights. x (..., width) grows from block to block; so
-    divided, it is of one size for each part, however deep that stands."""
+    """x / sqrt(mean(x^2) + eps) times learned weights. x (..., width) grows from block to block;
+    divided so, it has one size at any depth."""
 
     def forward(self, x):
         # nn.RMSNorm's own forward warns at 16 bits (chapter 4).
@@ -142,7 +142,7 @@ KINDS = {"norm": NORMS, "positions": ["rope", "learned"], "mlp": MLPS,
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Deeper or wider? Usual are a width of 64 to 128 times the layers, and
+    """The shape of a model. Deeper or wider? Usual are a width of 20 to 130 times the layers, and
     heads of 64 or 128 numbers. Raises CourseError for values that cannot work together."""
     vocab_size: int = 4096  # V, the ids that it knows
     context: int = 256  # the most tokens it can look at; more costs memory and time

@@ -125,8 +125,8 @@ class Muon(torch.optim.Optimizer):
                 state["average"] = torch.zeros_like(gradient)
             average = state["average"].lerp_(gradient, 0.05)       # .95 old + .05 new, in place
             update = orthogonalise(average.lerp(gradient, 0.05))   # Nesterov: lean to the newest
-            # Times 0.2 sqrt(longer side), the numbers of a change are about 0.2 in size, as those
-            # of AdamW: so AdamW's usual rates are a start (Liu 2025).
+            # Numbers of U V^T are about 1 / sqrt(longer side) in size. Times 0.2 sqrt(longer side),
+            # they are about 0.2, as AdamW's: so its usual rates are a start (Liu 2025).
             for p, change in zip(group["params"], update):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(change, alpha=-0.2 * group["lr"] * max(change.shape) ** 0.5)
@@ -162,7 +162,7 @@ def make_optimizers(model, config):
 #   fp32   8 bits for the range, 24 for the digits: 1e-38 to 3e38, 7 digits
 #   bf16   8 and 8: the same range, 2 to 3 digits. What gradients need is range, so this just works
 #   fp16   5 and 11: 6e-8 to 65504, 3 digits. Small gradients become 0, so a scaler multiplies the
-#          loss, and so all gradients, by a factor (1 elsewhere): on overflow, no step, and half it
+#          loss, and so all gradients, by a factor (1 elsewhere): on overflow, no step, and halve it
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
@@ -176,7 +176,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        sums = compile_parts(model, batch(0), config, machine)     # and the blocks, in place
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # the blocks, too
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -184,7 +184,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             schedule = lr_scale(step, config)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = schedule * optimizer.defaults["lr"]          # that it began with
+                    group["lr"] = schedule * optimizer.defaults["lr"]          # --lr, --matrix-lr
             torch.manual_seed(hash((config.seed, step, machine.rank)))
 
             # 2. Sum each micro-batch's loss and divide by the targets of the whole step: so the
@@ -194,7 +194,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             step_terms = 0.0
             for x, y, *documents in machine.split(whole, config.micro_batch):
                 with machine.autocast():
-                    terms = sums(model(x, *documents), y) / count              # (len(TERMS))
+                    terms = compiled_sums(model(x, *documents), y) / count     # (len(TERMS))
                 scaler.scale(terms.sum()).backward()
                 step_terms += terms.detach()                       # the numbers alone
 
@@ -205,7 +205,7 @@ def train(model, batch, config, machine, folder, measure, keep):
                     machine.total(p.grad)
 
             # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
-            #    shorten a long gradient (all weights' as one vector): it would drown the others.
+            #    shorten a long gradient (all weights' as one vector), or it rules the averages.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)

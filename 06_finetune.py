@@ -74,8 +74,8 @@ def columns_of(ids, learnt, document=0):
 
 
 def fill_up(sequences, T, filler):
-    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents. A list shorter than T
-    is filled up with any id, never learnt."""
+    """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; what a list lacks to
+    T is filled with any id, never learnt. The definition: a conversation's columns in each list."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
@@ -103,20 +103,20 @@ def batches_of(examples, R, T, filler):
     sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # then from 0
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and anew
         return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
 
 def with_text(examples, tokens, T, seed):
-    """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them: so
-    that less of it is forgotten. Being long, it is a good third of what counts in the loss."""
+    """Return examples with a piece of chapter 4's text, learnt whole, before each 20 of them. Being
+    long, it is a good third of what counts in the loss."""
     if len(tokens) <= T:
         return examples
     order = chapter2.sequence_order((len(tokens) - 1) // T, seed, epoch=0)
     mixed = []
     for i in range(0, len(examples), 20):
-        start = T * order[i // 20 % len(order)]
+        start = T * order[i // 20 % len(order)]                # the next piece; at the end, anew
         ids = tokens[start:start + T + 1].tolist()
         mixed += [(ids, [True] * len(ids)), *examples[i:i + 20]]
     return mixed
@@ -131,8 +131,8 @@ def show_mask(tokenizer, ids, learnt):
 
 
 # ---- LoRA: thin adapters instead of all weights --------------------------------------------------
-# The rank of a matrix is how many directions it tells apart. Tuning changes little, so a change of
-# low rank may do: B A, a product of two thin matrices, has at most the rank r of their shared side,
+# The rank of a matrix is how many directions it tells apart: one, if all rows are multiples of one.
+# To tune, a change of low rank often does: B A, with B (out, r) and A (r, in), has rank r at most,
 # and r (in + out) weights instead of in x out. A large model needs memory for fewer gradients and
 # averages; at this size it saves neither time nor memory.
 def lora_formula(x, weight, a, b):
@@ -175,21 +175,21 @@ def merge_lora(model):
 
 
 # ---- Tasks that can be checked -------------------------------------------------------------------
-# An entry of the grammar is a sort of task: its kind, its code, its description. A task is made of
-# one, or of two: `max(N, X)`, with `abs(X)` as its X, gives
+# An entry of the grammar has a kind, code, a description of it. A task is made of one, or of two:
+# `max(N, X)`, with `abs(X)` as its X, gives
 #     Write top(x, y), which returns the larger of x and the absolute value of y.
 #     def top(x, y):
 #         part = abs(y)
 #         return max(x, part)
 # {a|b} is a or b; "/" parts the lines of a loop, between "total = 0" and "return total". Capitals
-# are slots (no sizes here), in the description each that the code has:
+# are slots, not sizes; each slot of the code stands once in the description:
 #   N M number, L list, T text      a parameter
 #   X number, Y list, Z text        another entry, or a parameter
 #   K number, S small one           a constant, or a parameter
 #   W number                        another entry, a constant or a parameter
 #   P property, Q question          another entry; a property is of an `item`, never alone
 #   C letter                        a constant
-# A star: never put into another (nor are conditions, loops): "the square of x plus 7" is misread.
+# A star (so the kind fits no slot): never put into another: "the square of x plus 7" is what?
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -314,7 +314,7 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)     # and kinds, entries ...
+    code, task.description = compose(entry, task, parameters, chooser)     # and kinds, lines ...
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
     if entry.kind == "loop":
@@ -332,7 +332,7 @@ def is_held_out(*what):
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Draw tasks until `count` have just `new` held out in them: a "constant", a "pair", or ""."""
+    """Draw `count` tasks with just `new` held out in them: a "constant", a "pair", "" (nothing)."""
     chooser = random.Random(seed)
     sentences = phrasings.strip().splitlines()
     wanted = (new == "constant", new == "pair")
@@ -369,7 +369,7 @@ BUILTINS = "abs all any bool int len list max min range reversed sorted str sum"
 def is_allowed(node):
     """Tell whether a node of an answer's syntax tree may be run."""
     if isinstance(node, ast.Call):
-        # A method's name is a node of its own, so it is looked at, too.
+        # x.upper(): `x.upper` is a node of its own, and is looked at, too.
         return isinstance(node.func, ast.Attribute) or getattr(node.func, "id", "") in BUILTINS
     if isinstance(node, ast.Attribute):
         return node.attr in METHODS
@@ -503,7 +503,7 @@ def main(config):
     if config.lora_rank:
         config = replace(config, optimizer="adamw")            # as is usual for adapters
         add_lora(model, config.lora_rank)
-        if added:                                              # new rows are random: learn them
+        if added:                                              # the marks' rows are random
             model.embed_tokens.requires_grad_()
             (model.lm_head or model.embed_tokens).requires_grad_()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -555,7 +555,7 @@ def fill(text, values):
 
 def compose(entry, task, parameters, chooser):
     """Return (code, description) of an entry, its slots filled: by a parameter's name, a constant,
-    or another entry, whose code becomes a line `part = ...`. What it uses is noted in the task."""
+    or another entry, whose code becomes a line `part = ...`. The task notes what it is made of."""
     task.entries.append(entry.code)
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
