@@ -35,7 +35,7 @@ chapter1 = import_module("01_tokenizer")
 CourseError = chapter1.CourseError
 
 # Legend
-#   B  sequences in a batch     T  positions read now     S  with earlier ones: T, till chapter 5
+#   B  sequences in a batch     T  positions read now     S  those and, in chapter 5, earlier
 #   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     M  hidden width of the MLP     V  vocabulary
 # Tools, at the file's end: kinds of attention, presets, `model.save` and `GPT.load`.

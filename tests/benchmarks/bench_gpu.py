@@ -1,6 +1,6 @@
 """How fast does the course train on a GPU, and is everything right there? For one NVIDIA GPU.
 
-Run:    python tests/benchmarks/bench_gpu.py                     speeds at 124 million parameters, 150 s at most
+Run:    python tests/benchmarks/bench_gpu.py                     speeds at 124 million parameters, 240 s at most
         python tests/benchmarks/bench_gpu.py --checks            also what has to be equal or finite there, a minute
         python tests/benchmarks/bench_gpu.py --course            also the six scripts with their default flags
         python tests/benchmarks/bench_gpu.py --variants --checks nothing but the checks
@@ -12,8 +12,9 @@ Prints: tokens/s, TFLOP/s, share of the chip's peak (MFU), memory and seconds to
 Ours is a preset of chapter 3, modern-124m, under chapter 4's `train`: Muon and AdamW, the numbers of each step fetched.
 nanoGPT's settings, in chapter 3's parts: LayerNorm without bias, learned positions, GELU, tied embeddings, fused
 attention, AdamW for all weights, in a loop that waits for nothing. Both: bf16, torch.compile, the same micro-batches
-of random tokens, as many a step as the preset has, clipping, 6 steps after 3; the median counts. Each variant has a process of its own, so that one
-without memory or time ends alone; from the second on, some kernels are compiled already when it looks for them.
+of random tokens, as many a step as the preset has, clipping, 6 steps after 3; the median counts. Each variant has a
+process of its own, so that one without memory or time ends alone; from the second on, some kernels are compiled
+already when it looks for them.
 """
 import argparse
 import encodings
@@ -624,7 +625,7 @@ def parse(argv):
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences at once (default: the preset's)")
     parser.add_argument("--accumulate", type=int, default=0, help="micro-batches a step (default: the preset's)")
     parser.add_argument("--steps", type=int, default=6, help=f"steps that count, after {WARM} that do not")
-    parser.add_argument("--seconds", type=float, default=150, help="for the speed of all variants; who comes late is left out")
+    parser.add_argument("--seconds", type=float, default=240, help="for the speed of all variants; who comes late is left out")
     parser.add_argument("--check-seconds", type=float, default=60, help="for the checks")
     parser.add_argument("--course-seconds", type=float, default=900, help="for the course")
     parser.add_argument("--device", default="", help="cuda, cuda:1, or cpu to try the parts (default: cuda)")
