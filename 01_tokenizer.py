@@ -15,6 +15,7 @@ Prints: the first merges, a sample in tokens, bytes per token. Writes: out/token
 Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (bytes; GPT-2), Hugging Face (file format)
 """
 import argparse
+import csv
 import glob
 import hashlib
 import heapq
@@ -361,6 +362,14 @@ def write_json(path, value):
         temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def write_table(path, rows):
+    """Write rows, dicts, as CSV; a column that a row lacks gets "nan" there."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[-1], restval="nan", extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
 def read_json(path, made_by):
     """Read a JSON file; `made_by` tells the reader what makes it. Raises CourseError."""
     try:
@@ -495,7 +504,7 @@ def save_tokenizer(tokenizer, folder):
 def load_tokenizer(folder):
     """Open a folder's tokenizer.json: ours, GPT-2's, the Llama-3, Qwen and SmolLM2 kinds."""
     path = Path(folder) / "tokenizer.json"
-    data = read_json(path, "01_tokenizer.py, or whoever made that folder,")
+    data = read_json(path, "a typo? 01_tokenizer.py")
     try:
         return read_tokenizer(data)
     except Exception as error:                         # a file may hold anything

@@ -66,7 +66,7 @@ def clean(documents, changed, dropped):
                 changed[rule] += 1
                 text = mended
         if len(text.strip()) < SHORTEST:
-            dropped[f"under {SHORTEST} characters"] += 1
+            dropped["too short"] += 1
         elif hash(text) in seen:
             dropped["duplicate"] += 1
         else:

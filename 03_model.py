@@ -350,7 +350,7 @@ def draw_rope(config, path):
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
                               title="RoPE: every fourth pair of numbers; black: the mean of all")
-    axis.plot(cosines[:, :config.head_width // 2:4], linewidth=1)
+    axis.plot(cosines[:, ::4], linewidth=1)
     axis.plot(cosines.mean(dim=1), "k")
     chapter1.save_figure(figure, path)
     print(f"drew {path}")
@@ -539,7 +539,7 @@ def read_safetensors(path):
 
 def load_model(folder, context=0):
     """Open a folder of ours, or of the GPT-2, Llama or Qwen3 family. Raises CourseError."""
-    data = chapter1.read_json(Path(folder) / "config.json", "04_train.py or 06_finetune.py")
+    data = chapter1.read_json(Path(folder) / "config.json", "a typo? 04_train.py or 06_finetune.py")
     found = {}
     try:
         config = read_config(data)

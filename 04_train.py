@@ -15,13 +15,12 @@ Writes: out/base/: the best weights, as a folder for transformers; resume.pt, lo
 Source: Micikevicius 2018 (mixed precision), Loshchilov 2019 (AdamW), Jordan 2024, Liu 2025 (Muon)
 """
 import atexit
-import csv
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -97,7 +96,7 @@ def orthogonalise(matrices):
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
-    x = (matrices / length.clamp(min=1e-7)).bfloat16()
+    x = (matrices / length.clamp(min=1e-7)).bfloat16().contiguous()            # .mT's is slow
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.mT                                          # X X^T, (N, rows, rows)
@@ -133,6 +132,7 @@ class Muon(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {"muon": Muon, "adamw": None}  # for the blocks' matrices (None: as for the rest)
+GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
 
 
 def make_optimizers(model, config):
@@ -167,9 +167,8 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
 def train(model, batch, config, machine, folder, measure, keep):
-    """Train a model and return its log, a row for each step. batch(step) -> x, y and, in chapter 6,
-    each token's text (its number), (R, T); measure(model) -> held-out loss, bits per byte;
-    keep(model) stores the best so far. `main` makes all three."""
+    """Train a model; return its log, a row a step. batch(step) -> x, y (and, in chapter 6, a number
+    for each token's text), (R, T); measure(model) -> held-out loss, bits a byte; keep(model)."""
     model.train()                                                  # a mode: dropout is on
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
@@ -227,6 +226,7 @@ def train(model, batch, config, machine, folder, measure, keep):
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
             if scaler.get_scale() <= 1 and not math.isfinite(grad_norm):       # else, fp16 tries on
+                write_log(log, folder / "diverged")                # beside the best so far
                 raise CourseError(f"loss or gradient is {grad_norm}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
             if stops or len(log) % config.eval_every == 0 or len(log) == config.steps:
@@ -278,16 +278,13 @@ def draw_curves(log, path):
 
 
 # ---- The script ----------------------------------------------------------------------------------
-GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something already (--init)
-
-
 @dataclass
 class TrainingConfig:
     """How to train. Of all settings the learning rates matter most, so tune them first: try a third
     of them, and three times as much. Larger models want lower ones."""
     steps: int = 2800  # updates of the weights; the learning rate falls to zero after the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
-    micro_batch: int = 8  # sequences at once in memory; lower it when memory runs out
+    micro_batch: int = 16  # sequences at once in memory; lower it when memory runs out
     optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
     lr: float = 6e-3  # AdamW's learning rate; too high diverges, too low is slow
     matrix_lr: float = 0.01  # Muon's learning rate for matrices
@@ -517,11 +514,14 @@ def take_stock(parts, log, config, folder, measure, keep):
     # Opened here, as torch.save would report a full disk by no OSError.
     with chapter1.replacing(folder / "resume.pt") as path, open(path, "wb") as file:
         torch.save({**states, "log": log, "config": asdict(config)}, file)
-    with chapter1.replacing(folder / "log.csv") as path, open(path, "w", encoding="utf-8") as file:
-        table = csv.DictWriter(file, list(log[-1]), restval="nan", extrasaction="ignore")
-        table.writeheader()
-        table.writerows(log)
-    draw_curves(log, folder / "loss.png")
+    write_log(log, folder)
+
+
+def write_log(log, folder):
+    """Write log.csv and loss.png, unless a viewer holds one open (on Windows): training goes on."""
+    with suppress(PermissionError):
+        chapter1.write_table(folder / "log.csv", log)
+        draw_curves(log, folder / "loss.png")
 
 
 def read_checkpoint(folder):

@@ -195,7 +195,7 @@ def test_the_script_from_files_to_batches(root, tokenizer, capsys):
     held = [tokenizer.decode(chapter2.open_tokens(root / "data", split)[0].tolist()) for split in SPLITS]
     found = [text for split in held for text in split.split(END_OF_TEXT)[:-1]]
     assert sorted(found) == sorted([*texts, "a line of JSON with a text"])
-    assert "'duplicate': 1" in printed and "'under 20 characters': 1" in printed and "61.txt" in errors
+    assert "'duplicate': 1" in printed and "'too short': 1" in printed and "61.txt" in errors
     assert "\r" not in printed and "\x1b" not in printed       # not a terminal
     shown = printed.replace(END_OF_TEXT, "END").splitlines()
     lines = [line[10:].split("|") for line in shown if line.startswith(("input  x", "target y"))]

@@ -438,6 +438,21 @@ def test_nan_ends_a_run_and_leaves_what_was_good(tmp_path, monkeypatch, first_ba
     with pytest.raises(CourseError, match="loss or gradient is nan: lower --lr and --matrix-lr"):
         train(tmp_path, judge=lambda model: (1.0, 1.0))
     assert (files_in(tmp_path) == before) == (first_bad == 2) and files_in(tmp_path).keys() == before.keys()
+    rows = rows_of(tmp_path / "diverged" / "log.csv")          # beside the good ones, with its picture
+    assert [row["loss"] == "nan" for row in rows] == [False] * first_bad + [True]
+    assert files_in(tmp_path / "diverged").keys() == {"log.csv", "loss.png"}
+
+
+@pytest.mark.parametrize("held", ["log.csv", "loss.png"])
+def test_a_viewer_that_holds_log_or_picture_open_ends_no_run(tmp_path, monkeypatch, held):
+    def refuse(path, content):
+        if path.name == held:                                  # as Windows does
+            raise PermissionError(13, "held open", str(path))
+        path.write_text("drawn", encoding="utf-8")
+    monkeypatch.setattr(chapter1, "write_table", refuse)
+    monkeypatch.setattr(chapter4, "draw_curves", lambda log, path: refuse(path, log))
+    _, log = train(tmp_path)
+    assert len(log) == 8 and len(read_checkpoint(tmp_path)["log"]) == 8 and not (tmp_path / held).exists()
 
 
 def test_a_held_out_loss_that_is_no_number_is_not_kept(tmp_path):
@@ -601,7 +616,7 @@ def test_the_script_says_what_it_uses_and_leaves_the_best_for_the_world(main, ca
     base = main(*SHAPE, *QUICK)
     printed = capsys.readouterr().out
     for words in ("precision='fp32'", "compile=False", "layers=2", "hidden=128", "vocab_size=320", "steps=8", "lr=0.006",
-                  "micro_batch=8", "preset='small'", "bits per byte", "loss 5.7", f"{math.log(320):.2f}"):
+                  "micro_batch=16", "preset='small'", "bits per byte", "loss 5.7", f"{math.log(320):.2f}"):
         assert words in printed, words
     assert same(GPT.load(base).state_dict(), read_checkpoint(base)["model"])
     assert set(files_in(base)) == {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",

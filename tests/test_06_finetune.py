@@ -327,14 +327,14 @@ def test_exact_labels_and_packing_that_keeps_every_conversation_whole(tokenizer)
     assert chapter6.batches_of(given[:1], 4, 100, 0)(3)[0].unique(dim=0).shape == (1, 100)      # then again, as often as needed
 
 
-def test_a_piece_of_text_goes_with_each_20_examples_and_is_learnt_whole():
+def test_a_piece_of_text_goes_with_each_15_examples_and_is_learnt_whole():
     given = [([number, number], [False, True]) for number in range(45)]
     mixed = chapter6.with_text(given, numpy.arange(1000, 2000), 8, 3)
     pieces = [ids for ids, learnt in mixed if len(ids) == 9 and all(learnt)]
     assert [example for example in mixed if len(example[0]) == 2] == given and len(pieces) == 3
     assert all(ids == list(range(ids[0], ids[0] + 9)) and ids[0] >= 1000 for ids in pieces)
-    assert [place for place, (ids, _) in enumerate(mixed) if len(ids) == 9] == [0, 21, 42]
-    assert chapter6.with_text(given, numpy.arange(8), 8, 3) == given         # too short a text is left out
+    assert [place for place, (ids, _) in enumerate(mixed) if len(ids) == 9] == [0, 16, 32]
+    assert chapter6.with_text(given, numpy.arange(9), 8, 3) == given         # too short a text is left out
 
 
 def test_packed_equals_one_conversation_a_sequence(tokenizer):
