@@ -36,7 +36,7 @@ CourseError = chapter1.CourseError
 
 # Legend
 #   B  sequences in a batch     T  positions read now     S  those and, in chapter 5, earlier
-#   H  heads     K  heads of keys and values, shared by H / K of queries     D  numbers of one head
+#   H  heads     K  heads of keys and values, each for H / K of queries     D  numbers of one head
 #   L  blocks     C  width of the residual stream     M  hidden width of the MLP     V  vocabulary
 # Tools, at the file's end: kinds of attention, presets, `model.save` and `GPT.load`.
 
@@ -97,7 +97,7 @@ def attention(q, k, v, visible=None, kind="formula"):
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
-# Only its mask tells attention of order. RoPE turns each pair (x, y), numbers i and i + D/2 of a
+# But for its mask, attention sees no order. RoPE turns each pair (x, y), numbers i and i + D/2 of a
 # query or key, by an angle that grows with the position: at position m by m times w,
 #     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
 # The dot product of two such pairs is their lengths times the cosine of the angle between them; of
@@ -319,7 +319,7 @@ def show_parts(config):
 
     To train on a token takes about 6 operations a weight (FLOP): each is multiplied and added on
     the way forward (2), twice so on the way back, for the gradients of weights and of inputs (4).
-    In attention, a token meets T / 2 keys and as many values: like C T weights more a block."""
+    In attention, a token meets T / 2 keys and as many values: like H D T weights more a block."""
     with torch.device("meta"):                                     # shapes without numbers
         model = GPT(config)
     total = 0
@@ -335,7 +335,7 @@ def show_parts(config):
 def show_causality(config):
     """Print how much other tokens in the second half change the logits there, and before: by 0."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
-    half = max(1, min(64, config.context // 2))
+    half = min(64, config.context // 2)
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half
@@ -350,7 +350,7 @@ def draw_rope(config, path):
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axis = figure.add_subplot(xlabel="distance in tokens", ylabel="cosine of the angle",
                               title="RoPE: every fourth pair of numbers; black: the mean of all")
-    axis.plot(cosines[:, ::4], linewidth=1)
+    axis.plot(cosines[:, :config.head_width // 2:4], linewidth=1)
     axis.plot(cosines.mean(dim=1), "k")
     chapter1.save_figure(figure, path)
     print(f"drew {path}")

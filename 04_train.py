@@ -3,7 +3,7 @@
 One step: take a batch, let the model guess each next token, and measure its surprise (the loss, in
 nats: minus the natural log of the probability that it gave to what really came). Compute for every
 weight how the loss would change with it (the gradient), and move the weight a little the other way
-(how far is the learning rate). Then again, some thousand times:
+(the learning rate says how far). Then again, some thousand times:
 
     batch -> model -> loss -> backward -> gradients -> optimizer -> weights -+
       ^-------------------------- the next step -----------------------------+
@@ -96,7 +96,7 @@ def orthogonalise(matrices):
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalise(matrices.mT).mT                       # X X^T is smaller that way
     length = matrices.norm(dim=(-2, -1), keepdim=True)             # no s is larger
-    x = (matrices / length.clamp(min=1e-7)).bfloat16().contiguous()            # .mT's is slow
+    x = (matrices / length.clamp(min=1e-7)).bfloat16().contiguous()    # laid out anew: .mT is slow
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.mT                                          # X X^T, (N, rows, rows)
@@ -175,7 +175,7 @@ def train(model, batch, config, machine, folder, measure, keep):
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)        # the blocks, too
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # and blocks
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -208,7 +208,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
-            *values, grad_norm = torch.cat((step_terms, length[None])).tolist()    # one wait
+            *values, grad_norm = torch.cat((step_terms, length[None])).tolist()    # waits once
 
             # 5. Move the weights.
             for optimizer in optimizers.values():

@@ -53,7 +53,6 @@ IGNORED = chapter4.IGNORED
 #   entry      a line of the grammar below
 #   task       an instruction, and the reference: a function that does what it asks for
 #   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
-#   noise      random words in the place of a phrasing's own
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence
 # Tools, at the file's end: how a task is composed, which names are held out, how an answer is run.
@@ -75,7 +74,7 @@ def columns_of(ids, learnt, document=0):
 
 def fill_up(sequences, T, filler):
     """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; what a list lacks to
-    T is filled with any id, never learnt. The definition: a conversation's columns in each list."""
+    T is filled with any id, never learnt. By definition, each list holds one conversation."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
@@ -103,7 +102,7 @@ def batches_of(examples, R, T, filler):
     sequences = pack(examples, T, filler)                      # (N, 3, T)
 
     def batch(step):
-        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # and anew
+        rows = torch.arange(step * R, (step + 1) * R) % len(sequences)         # then from the first
         return sequences[rows].unbind(1)                       # (R, T) each
     return batch
 
@@ -115,7 +114,7 @@ def with_text(examples, tokens, T, seed):
         return examples
     mixed = []
     for i in range(0, len(examples), 15):
-        piece, _ = chapter2.get_batch(tokens, i // 15, 1, T + 1, seed)     # the next, (1, T + 1)
+        piece, _ = chapter2.get_batch(tokens, i // 15, 1, T + 1, seed)     # (1, T + 1): T columns
         ids = piece[0].tolist()
         mixed += [(ids, [True] * len(ids)), *examples[i:i + 15]]
     return mixed
@@ -188,7 +187,7 @@ def merge_lora(model):
 #   W number                        another entry, a constant or a parameter
 #   P property, Q question          another entry; a property is of an `item`, never alone
 #   C letter                        a constant
-# A star (so the kind fits no slot): never put into another: "the square of x plus 7" is what?
+# A star makes a kind that fits no slot: "the square of x plus 7" would have two readings.
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -313,7 +312,8 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    code, task.description = compose(entry, task, parameters, chooser)     # and kinds, lines ...
+    # `compose` (tools) takes parameters, and notes in the task their kinds, its lines and entries.
+    code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
     if entry.kind == "loop":
@@ -449,7 +449,7 @@ def show_results(model, tokenizer, new_tasks, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base)
     steps: int = 880  # updates of the weights
-    batch_tokens: int = 4096  # tokens that one step learns from: more at once than in chapter 4
+    batch_tokens: int = 4096  # tokens that one step reads: twice chapter 4's
     lr: float = 1e-3  # AdamW's; with chapter 4's 6e-3, the embeddings would forget
     matrix_lr: float = 0.014  # Muon's; more for the larger batch
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
@@ -560,7 +560,7 @@ def compose(entry, task, parameters, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        may_nest = len(task.entries) == 1                      # once, in the outer entry
+        may_nest = len(task.entries) == 1                      # only in the outer entry, only once
         if may_nest and chooser.random() < NESTED.get(slot, 0):
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, parameters, chooser)
