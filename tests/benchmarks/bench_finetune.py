@@ -1,6 +1,6 @@
 """Chapter 6's table with what a tuned model has to beat; own sentences; LoRA beside all weights; the folder in transformers.
 
-Run:    python tests/benchmarks/bench_finetune.py [--out out] [--tasks 150 --tasks-seed 2030] [--sentences FILE]
+Run:    python tests/benchmarks/bench_finetune.py [--out out] [--tasks 150 --tasks-seed 2031] [--sentences FILE]
         python tests/benchmarks/bench_finetune.py --ranks 0 8 --steps 150         tunes anew, at these LoRA ranks (0: all weights)
 Prints: pass@1 and verdicts of the base model, of two programs without a model, and of out/chat; greedy and at the chat
         temperature; by kind of task; how many bodies stand in the training set. FILE holds a task a line, with its
