@@ -364,7 +364,7 @@ def write_json(path, value):
 
 def write_table(path, rows):
     """Write rows, dicts, as CSV; a column that a row lacks gets "nan" there."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, rows[-1], restval="nan", extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)

@@ -82,7 +82,7 @@ def write_tokens(documents, tokenizer, folder):
     """Write {split}.bin, flat files of token ids, and return how much each split holds. meta.json,
     which describes them, is removed first and written last: where it stands, they are whole."""
     # Two bytes hold the ids below 65,536; more tokens than that take four bytes each.
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    dtype = "uint16" if tokenizer.vocab_size <= 65_536 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     totals = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
