@@ -259,7 +259,7 @@ def download(name, folder):
     try:
         with chapter1.replacing(path) as temporary, open(temporary, "wb") as file:
             with urllib.request.urlopen(url, timeout=30) as response:
-                while piece := response.read(1 << 20):
+                while piece := response.read(1_000_000):
                     file.write(piece)
                     digest.update(piece)
                     show_progress(file.tell())

@@ -335,7 +335,7 @@ def show_parts(config):
 def show_causality(config):
     """Print how much other tokens in the second half change the logits there, and before: by 0."""
     model = GPT(replace(config, layers=2)).eval()                  # eval: without dropout
-    half = min(64, config.context // 2)
+    half = min(64, config.context // 2) or 1
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half

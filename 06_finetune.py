@@ -449,7 +449,7 @@ def show_results(model, tokenizer, new_tasks, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base)
     steps: int = 800  # updates of the weights
-    batch_tokens: int = 4096  # tokens that one step reads: twice chapter 4's
+    batch_tokens: int = 4096  # tokens that one step reads: questions, answers, filler
     lr: float = 1e-3  # AdamW's; with chapter 4's 6e-3, the embeddings would forget
     matrix_lr: float = 0.014  # Muon's; more for the larger batch
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
