@@ -168,14 +168,14 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 def train(model, batch, config, machine, folder, measure, keep):
     """Train a model; return its log, a row a step. batch(step) -> x, y (and, in chapter 6, a number
-    for each token's text), (R, T); measure(model) -> held-out loss, bits a byte; keep(model)."""
+    for each token's text), (R, T); measure(model) -> val loss, bits a byte; keep(model) saves."""
     model.train()                                                  # a mode: dropout is on
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)        # and blocks
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # and the blocks
         for step in range(len(log), config.steps):
             start = time.time()
 

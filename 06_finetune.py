@@ -304,7 +304,7 @@ class Task:
 
 
 def draw_task(names, phrasings, noise, chooser):
-    """Return a Task: an entry, or two in one, with some of the names, in some phrasing."""
+    """Return a Task: an entry or two, some of the names, a phrasing; for noise, see `phrase`."""
     entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
     name, second, *parameters = chooser.sample(names, 8)
     if chooser.random() < 0.15:
