@@ -3,7 +3,7 @@
 A language model reads numbers. Bytes are the plainest, but a page is thousands of them, and the
 model pays for each; of words there are millions, and ever new ones. Byte-pair encoding (BPE) is in
 between: give the pair of neighbours that occurs most often a number of its own, and repeat. Each
-byte and each merged pair is called a token. No text is ever unknown, as every byte is a token.
+byte and each merged pair is called a token. No text is unknown, as every byte is one. Three words:
 
     l o w   l o w e r   l o w e s t      14 tokens; the pair (l, o) occurs 3 times
     lo w    lo w e r    lo w e s t       11 tokens; the pair (lo, w) occurs 3 times
@@ -15,6 +15,7 @@ Prints: the first merges, a sample in tokens, bytes per token. Writes: out/token
 Source: Sennrich et al. 2016 (BPE), Radford et al. 2019 (bytes; GPT-2), Hugging Face (file format)
 """
 import argparse
+import ctypes
 import csv
 import glob
 import hashlib
@@ -101,14 +102,14 @@ def learn_merges_naive(chunks, how_many):
     return merges
 
 
-# ---- Training, for real: the same merges, far sooner ---------------------------------------------
+# ---- Training, for real: the same merges, far sooner (may be skipped at first) -------------------
 # A merge changes only the pairs beside it. So each different chunk is laid down once, a GAP between
 # them, and pairs are counted once, their positions kept: a merge visits those and mends counts.
 # Tokens never move: a long one's id stands at its first and last byte, where neighbours look.
 #     position          0    1    2    3    4
 #     ids             GAP    l    o    w  GAP
 #     after (l, o)    GAP   lo   lo    w  GAP           one (l, o) and (o, w) less, one (lo, w) more
-#     after (lo, w)   GAP  low  GAP  low  GAP           inside a token: GAP
+#     after (lo, w)   GAP  low  GAP  low  GAP           i = 1, middle = 3, end = 4 (see step 3)
 GAP = -1  # between chunks, and inside a long token
 
 
@@ -120,7 +121,7 @@ def learn_merges(chunks, how_many):
     counts = Counter()                           # {pair: how often it occurs}
     changes = Counter()                          # {pair: what step 2 adds to its count}
     positions = defaultdict(list)                # {pair: where its left one begins, or once began}
-    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: its bytes}; a GAP's: any number
+    size = {GAP: 0, **dict.fromkeys(range(256), 1)}      # {id: its bytes}; GAP's is never used
     queue = []                                   # a heap of (-count, pair): the commonest on top
     merges = []
     for chunk, n in chunks.items():
@@ -152,7 +153,7 @@ def learn_merges(chunks, how_many):
             middle = i + size[left]              # where the right one begins
             end = i + size[new]                  # where the next token begins
             if ids[i] != left or ids[middle] != right:
-                continue                         # gone by now: in "aaa", the first two are merged
+                continue                         # gone: an earlier merge took one; as in "aaa"
             ids[middle - 1] = ids[middle] = GAP  # inside: old positions there no longer fit
             ids[i] = ids[end - 1] = new          # after that: a token of two bytes has no inside
             before, after, n = ids[i - 1], ids[end], copies[i]
@@ -175,7 +176,7 @@ class Tokenizer:
     start: int | None  # the id that begins a text (ours: None) ...
     end: int | None  # ... and the one that ends it
     patterns: list  # that cut a text: PATTERN; other people's may be several
-    data: dict  # what tokenizer.json holds, from which `read_tokenizer` (tools) takes the above
+    data: dict  # what tokenizer.json holds; `read_tokenizer` (tools) takes the above from it
 
     def __post_init__(self):
         self.bytes_of = {i: token for token, i in self.tokens.items()}
@@ -200,7 +201,7 @@ class Tokenizer:
         if self.data.get("normalizer"):                    # Qwen's, NFC: "e" + accent is "é"
             text = unicodedata.normalize(self.data["normalizer"]["type"], text)
         chunks = [text]
-        for pattern in self.patterns:                      # each cuts the pieces of the one before
+        for pattern in self.patterns:                      # ours is one; more cut its chunks on
             chunks = chain.from_iterable(map(pattern.findall, chunks))
         return list(chain.from_iterable(map(self._ids_of, chunks)))
 
@@ -223,7 +224,7 @@ def train_bpe(documents, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOK
     for text in documents:
         chunks.update(regex.findall(pattern, text))
     pairs = learn_merges(chunks, vocab_size - 256 - len(special_tokens))
-    return read_tokenizer(tokenizer_json(pairs, pattern, special_tokens))      # ids become bytes
+    return read_tokenizer(tokenizer_json(pairs, pattern, special_tokens))      # 256 -> b"lo"
 
 
 # ---- Which texts are held out, from the tokenizer as well ----------------------------------------
@@ -321,6 +322,11 @@ def parse_flags(config_class, about, argv=None, defaults_for=dict):
 def run(script, config_class, about, defaults_for=dict):
     """Run a chapter: flags in, `script(config)`, errors that can be mended out as one line."""
     sys.stdout.reconfigure(errors="replace")           # a letter that the terminal lacks: "?"
+    if sys.platform == "linux":
+        # Else freed memory goes back to the system, and comes anew, cleared: 8% of a training step.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1_000_000_000)                     # M_TRIM_THRESHOLD, in bytes
+        mallopt(-3, 32_000_000)                        # M_MMAP_THRESHOLD
     try:
         script(parse_flags(config_class, about, None, defaults_for))
         sys.stdout.flush()

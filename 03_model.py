@@ -46,7 +46,7 @@ CourseError = chapter1.CourseError
 # value): three lists of numbers that the model learns to make. The better a label fits a question,
 # the larger their dot product (the sum of the products of their numbers), and the more of that
 # value is taken. "sat" asks who does it, say:
-#     query of "sat" (0, 2); keys: the (2, 0), cat (0, 2), sat (1, 1); dot products: 0, 4, 2
+#     query of "sat" (0, 2); keys: "the" (2, 0), "cat" (0, 2), "sat" (1, 1); dot products: 0, 4, 2
 #     over sqrt(D), D = 2: 0, 2.8, 1.4; softmax, each e^x over the sum of all e^x: .05, .77, .19
 # So "sat" takes .77 of the value of "cat". Heads do so side by side, each with queries of its own:
 # one may look for who does it, another for where.
@@ -82,13 +82,15 @@ def who_sees(T, S, documents=None, device=None):
 # ---- Attention, for real -------------------------------------------------------------------------
 def attention(q, k, v, visible=None, kind="formula"):
     """Attention of queries (B, H, T, D) over keys and values (B, K, S, D) -> (B, H, T, D): by the
-    formula or, in "auto" for longer texts, by another kind: see `choose_attention` (tools)."""
+    formula or, for longer texts, "fused": torch's kernel, which never holds all scores at once."""
     kind = choose_attention(kind, k.shape[2])
-    sharers = q.shape[1] // k.shape[1]           # grouped heads: so many share each key head
+    # Why grouped heads? Sampling (chapter 5) keeps keys and values of all positions, and reads them
+    # again for each token: fewer heads, so less memory.
+    sharers = q.shape[1] // k.shape[1]           # so many share each head of keys and values
     if sharers > 1:
         k = k.repeat_interleave(sharers, dim=1)  # (B, K, S, D) -> (B, H, S, D)
         v = v.repeat_interleave(sharers, dim=1)
-    if kind == "fused":                          # without a mask, it makes the causal one itself
+    if kind == "fused":                          # no mask, T = S: it hides later ones itself
         causal = visible is None and q.shape[2] == k.shape[2]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
     if kind == "blocks" and visible is not None:
@@ -97,27 +99,27 @@ def attention(q, k, v, visible=None, kind="formula"):
 
 
 # ---- Where a token stands: RoPE ------------------------------------------------------------------
-# But for its mask, attention sees no order. RoPE turns each pair (x, y), numbers i and i + D/2 of a
+# But for its mask, attention sees no order. RoPE turns each pair (a, b), numbers i and i + D/2 of a
 # query or key, by an angle that grows with the position: at position m by m times w,
-#     (x cos(m w) - y sin(m w),  x sin(m w) + y cos(m w))
-# The dot product of two such pairs is their lengths times the cosine of the angle between them; of
-# a query at m and a key at n, that angle grows by (m - n) w. So only the distance counts: with
-# w = 0.1, it grows by 0.2 for positions 7 and 5, as for 102 and 100. Each pair has its own speed w:
-# fast ones tell neighbours apart, but repeat after a full circle; slow ones tell near from far.
+#     (a cos(m w) - b sin(m w),  a sin(m w) + b cos(m w))
+# The dot product of two such pairs is their lengths times the cosine of the angle between them. To
+# turn a query at m and a key at n adds (m - n) w to it. So only the distance counts: with w = 0.1,
+# it grows by 0.2 for positions 7 and 5, as for 102 and 100. Each pair has its own speed w: fast
+# ones tell neighbours apart, but repeat after a full circle; slow ones tell near from far.
 def rope_angles(config, positions):
     """Return cos and sin, (T, D) each, of the angles at positions (T), for `rotate`."""
     exponents = torch.arange(0, config.head_width, 2, device=positions.device) / config.head_width
     speeds = config.rope_theta ** -exponents                   # (D/2), from 1 to about 1 / theta
     angles = positions[:, None] * speeds                           # (T, 1) * (D/2) -> (T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)                   # (T, D): x and y of a pair alike
+    angles = torch.cat((angles, angles), dim=-1)                   # (T, D): a and b of a pair alike
     return angles.cos(), angles.sin()
 
 
 def rotate(heads, cos, sin):
-    """Turn all pairs of queries or keys (B, H, T, D) at once: (x, y) cos + (-y, x) sin."""
-    x, y = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
-    turned = heads * cos + torch.cat((-y, x), dim=-1) * sin        # (B, H, T, D)
-    return turned.type_as(heads)                                   # cos and sin are float32
+    """Turn all pairs of queries or keys (B, H, T, D) at once: (a, b) cos + (-b, a) sin."""
+    a, b = heads.chunk(2, dim=-1)                                  # (B, H, T, D/2) each
+    turned = heads * cos + torch.cat((-b, a), dim=-1) * sin        # (B, H, T, D), float32
+    return turned.type_as(heads)
 
 
 # ---- The parts to choose from, and the shape of a model ------------------------------------------
@@ -127,7 +129,7 @@ class RMSNorm(nn.RMSNorm):
     divided so, it has one size at any depth."""
 
     def forward(self, x):
-        # nn.RMSNorm's own forward warns at 16 bits (chapter 4).
+        # torch has the formula; nn.RMSNorm's own forward warns at 16 bits (chapter 4).
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight
 
 
@@ -166,7 +168,7 @@ class GPTConfig:
     def __post_init__(self):
         for name, kinds in KINDS.items():
             if getattr(self, name) not in kinds:
-                raise CourseError(f"--{name} {getattr(self, name)}: choose of {[*kinds]}")
+                raise CourseError(f"--{name} {getattr(self, name)}: choose one of {[*kinds]}")
         self.kv_heads = self.kv_heads or self.heads
         for name in ("vocab_size", "context", "layers", "width", "heads"):
             if getattr(self, name) < 1:
@@ -191,8 +193,6 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         C, H, K, D = config.width, config.heads, config.kv_heads, config.head_width
-        # Why may K be less than H? Sampling (chapter 5) keeps keys and values of all positions, and
-        # reads them again for each token: fewer heads, so less memory.
         self.q_proj = nn.Linear(C, H * D, config.bias)
         self.k_proj = nn.Linear(C, K * D, config.bias)
         self.v_proj = nn.Linear(C, K * D, config.bias)
@@ -204,7 +204,7 @@ class Attention(nn.Module):
     def project(self, x, angles):
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
         split = (-1, self.config.head_width)                       # -1: as many as there are
-        # (B, T, H*D) -> (B, T, H, D) -> (B, H, T, D): transpose swaps two axes
+        # Cut into heads, (B, T, H*D) -> (B, T, H, D); transpose swaps two axes: -> (B, H, T, D)
         q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
         v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)    # (B, K, T, D)
@@ -239,10 +239,10 @@ class MLP(nn.Module):
     def forward(self, x):
         up = self.up_proj(x)                                       # (B, T, C) -> (B, T, M)
         if self.has_gate:
-            up = self.bend(self.gate_proj(x)) * up
+            hidden = self.bend(self.gate_proj(x)) * up
         else:
-            up = self.bend(up)
-        return self.down_proj(up)                                  # (B, T, M) -> (B, T, C)
+            hidden = self.bend(up)
+        return self.down_proj(hidden)                              # (B, T, M) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -283,7 +283,7 @@ class GPT(nn.Module):
             if weight.ndim == 2:
                 std = 0.02
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * config.layers)            # so many of them add up in x
+                    std /= math.sqrt(2 * config.layers)            # 2 L of them add up in x
                 nn.init.normal_(weight, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(weight)
@@ -298,7 +298,7 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
-        visible = choose_mask(self.config.attention, T, S, documents, ids.device)    # or None
+        visible = choose_mask(self.config.attention, T, S, documents, ids.device)    # who_sees
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)
@@ -339,9 +339,9 @@ def show_causality(config):
     ids = torch.randint(config.vocab_size, (1, 2 * half))          # (B, T)
     logits = model(ids)                                            # (B, T, V)
     ids[:, half:] = 0                                              # another second half
-    first, second = (model(ids) - logits).abs().split(half, dim=1)             # (1, half, V) each
-    print(f"another second half changes its logits by {second.max():.0e}, "
-          f"those before by {first.max():.0e}")
+    before, after = (model(ids) - logits).abs().split(half, dim=1)             # (1, half, V) each
+    print(f"another second half changes its logits by {after.max():.0e}, "
+          f"those before by {before.max():.0e}")
 
 
 def draw_rope(config, path):

@@ -3,7 +3,7 @@
 One step: take a batch, let the model guess each next token, and measure its surprise (the loss, in
 nats: minus the natural log of the probability that it gave to what really came). Compute for every
 weight how the loss would change with it (the gradient), and move the weight a little the other way
-(the learning rate says how far). Then again, some thousand times:
+(the learning rate says how far). Then again, a few thousand times:
 
     batch -> model -> loss -> backward -> gradients -> optimizer -> weights -+
       ^-------------------------- the next step -----------------------------+
@@ -38,8 +38,8 @@ CourseError = chapter1.CourseError
 # Legend
 #   B  sequences of a micro-batch, R of a step (B in chapter 2)     T  tokens each     V  vocabulary
 #   micro-batch   sequences that go through the model at once; a step may add up several
-# Tools, at the file's end: checkpoint, log, `rescue` (Ctrl-C, full memory), Machine: `split` cuts a
-# step into micro-batches (each GPU runs this file and takes its share), `total` sums over GPUs.
+# Tools, at the file's end: checkpoint, log, `rescue` (Ctrl-C); Machine: `split` cuts a step into
+# micro-batches (each GPU runs this file and takes its share), `total` sums over GPUs.
 IGNORED = -100  # a target (a next token in y) from which nothing is to be learnt, in chapter 6
 
 
@@ -90,7 +90,7 @@ def loss_sums(logits, y):
 #           makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.
 def orthogonalise(matrices):
     """Return U V^T, nearly, of each of the matrices X = U s V^T (N, rows, columns): all s near 1.
-    X X^T X is U s^3 V^T, as turns undo each other (U^T U = 1): so products change all s at once.
+    X X^T X is U s^3 V^T, as V^T V = U^T U = 1 (turns undo each other): so products change all s.
     Newton-Schulz: a s + b s^3 + c s^5 with the a, b, c below, five times over, brings any s between
     0.01 and 1 to between 0.68 and 1.14. bfloat16 will do."""
     if matrices.shape[-2] > matrices.shape[-1]:
@@ -136,9 +136,8 @@ GENTLE = dict(lr=3e-5, matrix_lr=2e-4)  # rates for weights that know something 
 
 
 def make_optimizers(model, config):
-    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest.
-    An embedding is a table, not a map between directions, so it stays with AdamW, as do norms and
-    biases. Norms and biases are not pulled towards zero: a norm's usual weight is 1."""
+    """Return {name: optimizer}: --optimizer's for the blocks' matrices, AdamW for the rest: tables
+    (embeddings), and vectors, which are not pulled to zero: a norm's usual weight is 1."""
     kind = OPTIMIZERS[config.optimizer]
     matrices, others, vectors = [], [], []
     for name, p in model.named_parameters():
@@ -167,15 +166,15 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "": None}
 
 
 def train(model, batch, config, machine, folder, measure, keep):
-    """Train a model; return its log, a row a step. batch(step) -> x, y (and, in chapter 6, a number
-    for each token's text), (R, T); measure(model) -> val loss, bits a byte; keep(model) saves."""
+    """Train a model; return its log, a row a step. batch(step) -> x, y (and, in chapter 6, which
+    text each token is of), (R, T); measure(model) -> val loss, bits a byte; keep(model) saves."""
     model.train()                                                  # a mode: dropout is on
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
     to_save = {"model": model, "scaler": scaler, **optimizers}
     with rescue() as interrupts:                                   # Ctrl-C fills that list
         log = restore(to_save, folder, config) if config.resume else []
-        compiled_sums = compile_parts(model, batch(0), config, machine)        # and the blocks
+        compiled_sums = compile_parts(model, batch(0), config, machine)        # blocks, in place
         for step in range(len(log), config.steps):
             start = time.time()
 
@@ -203,8 +202,8 @@ def train(model, batch, config, machine, folder, measure, keep):
                 if p.grad is not None:
                     machine.total(p.grad)
 
-            # 4. Divide by the scaler's factor (in fp16 65,536 at first, else 1), and only then
-            #    shorten a long gradient (all weights' as one vector), or it rules the averages.
+            # 4. Divide by the scaler's factor; then shorten a gradient (of all weights, as one
+            #    vector) that is too long: it would rule the averages.
             for optimizer in optimizers.values():
                 scaler.unscale_(optimizer)
             length = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
@@ -225,7 +224,7 @@ def train(model, batch, config, machine, folder, measure, keep):
             if step == 0 or len(log) % 100 == 0:
                 shown = [f"{name} {value:,.6g}" for name, value in log[-1].items()]
                 print(", ".join(shown), flush=True)
-            if scaler.get_scale() <= 1 and not math.isfinite(grad_norm):       # else, fp16 tries on
+            if not math.isfinite(grad_norm) and scaler.get_scale() <= 1:       # fp16 halves first
                 write_log(log, folder / "diverged")                # beside the best so far
                 raise CourseError(f"loss or gradient is {grad_norm}: lower --lr and --matrix-lr")
             stops = machine.total(torch.tensor(len(interrupts))) > 0           # of any process
@@ -242,9 +241,10 @@ def train(model, batch, config, machine, folder, measure, keep):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats a target, bits a byte) of x, y (and documents): (N, 2 or 3, T). sizes: (V,)."""
+    """Return (nats a target, bits a byte) of x, y (and documents): (N, 2 or 3, T). sizes (V,): how
+    many bytes each token has."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
-    at_once = max(1, 2**24 // (sequences.shape[2] * model.config.vocab_size))  # logits fit memory
+    at_once = 2**24 // (sequences.shape[2] * model.config.vocab_size) or 1     # logits fit memory
     nats = 0.0
     for part in sequences.to(machine.device).split(at_once):       # (at_once, 2 or 3, T)
         with machine.autocast():
@@ -428,7 +428,7 @@ def choose_device(name):
 
 
 def choose_machine(config):
-    """Return the Machine: what the flags ask for, else what is best here; fp16 wants AdamW."""
+    """Return the Machine: what the flags ask for, else what is best here. Sets AdamW for fp16."""
     device = choose_device(config.device)
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()         # not in every torch
     precision = "bf16" if has_bf16 else "fp32"

@@ -49,10 +49,10 @@ CourseError = chapter1.CourseError
 IGNORED = chapter4.IGNORED
 
 # Legend
-#   message    {"role": "user", "assistant" or "system", "content": text}; a conversation: a list
+#   example    (ids, learnt) of a conversation, a list of messages: see chapter 5's encode_chat
 #   entry      a line of the grammar below
 #   task       an instruction, and the reference: a function that does what it asks for
-#   held out   never trained on: a name, a constant of an entry, a pair of entries, a phrasing
+#   held out   in no task to learn from: a name, constant of an entry, pair of entries, phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence
 # Tools, at the file's end: how a task is composed, which names are held out, how an answer is run.
@@ -74,17 +74,16 @@ def columns_of(ids, learnt, document=0):
 
 def fill_up(sequences, T, filler):
     """Return lists of columns as a tensor (N, 3, T): ids, targets, documents; what a list lacks to
-    T is filled with any id, never learnt. By definition, each list holds one conversation."""
+    T is filled with any id, never learnt. By the definition, a list holds one conversation."""
     filled = [columns + [(filler, IGNORED, -1)] * (T - len(columns)) for columns in sequences]
     return torch.tensor(filled).transpose(1, 2)                # (N, T, 3) -> (N, 3, T)
 
 
 # ---- For real: several conversations in a sequence -----------------------------------------------
 def pack(examples, T, filler):
-    """Join examples [(ids, learnt)], one after the other, to sequences; return fill_up's tensor.
-    With one in each, most would be filler, computed for nothing. An example's number, as document,
-    keeps it apart: chapter 3's who_sees hides all others; and with RoPE only distances count, so it
-    does not matter where one begins."""
+    """Join examples [(ids, learnt)] to sequences, as with one in each most would be filler; return
+    fill_up's tensor. An example's number, as document, keeps it apart: chapter 3's who_sees hides
+    all others; and with RoPE only distances count, so it does not matter where one begins."""
     sequences = []
     for document, example in enumerate(examples):
         columns = columns_of(*example, document)
@@ -187,7 +186,7 @@ def merge_lora(model):
 #   W number                        another entry, a constant or a parameter
 #   P property, Q question          another entry; a property is of an `item`, never alone
 #   C letter                        a constant
-# A star makes a kind that fits no slot: "the square of x plus 7" would have two readings.
+# No slot takes a kind with a star: "the square of x plus 7" would have two readings.
 GRAMMAR = """
 number    | N + X                     | the {sum|total} of N and X
 number    | N - X                     | the difference {of|between} N and X
@@ -304,7 +303,8 @@ class Task:
 
 
 def draw_task(names, phrasings, noise, chooser):
-    """Return a Task: an entry or two, some of the names, a phrasing; for noise, see `phrase`."""
+    """Return a Task: an entry or two, some of the names, a phrasing. noise: words that replace some
+    of the phrasing's, so that the model does not lean on them; see `phrase`."""
     entry = chooser.choice([entry for entry in ENTRIES if entry.kind != "property"])
     name, second, *parameters = chooser.sample(names, 8)
     if chooser.random() < 0.15:
@@ -312,7 +312,7 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    # `compose` (tools) takes parameters, and notes in the task their kinds, its lines and entries.
+    # `compose` (tools) notes the entries and parameters' kinds, and adds `part = ...` to the lines.
     code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
@@ -331,7 +331,7 @@ def is_held_out(*what):
 
 
 def draw_tasks(names, count, seed, phrasings=PHRASINGS, new="", noise=()):
-    """Draw `count` tasks with just `new` held out in them: a "constant", a "pair", "" (nothing)."""
+    """Draw `count` tasks. Of constants and pairs, just `new` is held out in them ("": nothing)."""
     chooser = random.Random(seed)
     sentences = phrasings.strip().splitlines()
     wanted = (new == "constant", new == "pair")
@@ -381,8 +381,6 @@ def verdict_on(task, answer, has_ended):
     """Return the verdict on an answer: first it is read, and run only if all in it is allowed."""
     if not has_ended:
         return "no end"
-    if len(answer) > 2000:
-        return "not allowed"
     try:
         statements = ast.parse(answer).body
         text = ast.unparse(statements)                         # with the usual spaces
@@ -449,7 +447,7 @@ def show_results(model, tokenizer, new_tasks, ends):
 class Config(chapter4.TrainingConfig):
     init: str = ""  # another model's folder, to tune at gentler rates (default: out/base)
     steps: int = 800  # updates of the weights
-    batch_tokens: int = 4096  # tokens that one step reads: questions, answers, filler
+    batch_tokens: int = 4096  # tokens that one step reads: questions, answers, text, filler
     lr: float = 1e-3  # AdamW's; with chapter 4's 6e-3, the embeddings would forget
     matrix_lr: float = 0.014  # Muon's; more for the larger batch
     context: int = 0  # shorten what the model can look at, to save memory (0: leave it)
@@ -479,25 +477,26 @@ def main(config):
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
 
-    # 1. The model, and the ids that will end an answer: the mark, or the base's end of a text.
+    # 1. The model (on the CPU: it may grow by marks that GPT-2 lacks), and the ids that will end an
+    #    answer: the mark, or the base's end of a text.
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
+    train_text = chapter2.matching_tokens(out / "data", "train", tokenizer)    # none: empty
+    val_text = chapter2.matching_tokens(out / "data", "val", tokenizer)
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
     end = tokenizer.special_tokens[chapter1.CHAT_END]
     ends = {end, tokenizer.end} - {None}
 
-    # 2. Conversations: most to learn from, a few like them for the held-out loss; and tasks with
-    #    something new in each, for pass@1.
+    # 2. Conversations, a few held out for the loss; and tasks with something new, for pass@1.
     conversations, new_tasks = find_conversations(config, tokenizer)
-    to_learn, val = split_off(conversations)
-    examples = encode_fitting(to_learn, tokenizer, model.config.context)
+    examples, val_examples = [encode_fitting(part, tokenizer, model.config.context)
+                              for part in split_off(conversations)]
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
-    longest = max(len(ids) for ids, _ in examples)
-    T = min(model.config.context, max(128, longest))           # attention costs T x T
-    val_sequences = pack(encode_fitting(val, tokenizer, T), T, end)        # (N, 3, T)
-    tokens = chapter2.matching_tokens(out / "data", "train", tokenizer)
-    examples = with_text(examples, tokens, T, config.seed)
+    longest = max(len(ids) for ids, _ in examples + val_examples)
+    T = min(model.config.context, max(128, longest))           # no more: attention costs T x T
+    val_sequences = pack(val_examples, T, end)                 # (N, 3, T)
+    examples = with_text(examples, train_text, T, config.seed)
 
     # 3. Training, as in chapter 4.
     if config.lora_rank:
@@ -527,9 +526,8 @@ def main(config):
         tuned, *_ = chapter5.open_model(folder, machine.device)
         if new_tasks and config.tasks:
             show_results(tuned, tokenizer, new_tasks, ends)
-        tokens = chapter2.matching_tokens(out / "data", "val", tokenizer)
-        if len(tokens) > tuned.config.context:
-            _, bits = chapter4.evaluate(tuned, machine, tokens, sizes, config.eval_tokens)
+        if len(val_text) > tuned.config.context:
+            _, bits = chapter4.evaluate(tuned, machine, val_text, sizes, config.eval_tokens)
             print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
 
@@ -560,7 +558,7 @@ def compose(entry, task, parameters, chooser):
     words = vary(entry.words, chooser)
     codes, texts = {}, {}
     for slot in re.findall(SLOT, words):
-        may_nest = len(task.entries) == 1                      # only in the outer entry, only once
+        may_nest = len(task.entries) == 1                      # until a second entry is in
         if may_nest and chooser.random() < NESTED.get(slot, 0):
             others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
             code, text = compose(chooser.choice(others), task, parameters, chooser)
@@ -579,10 +577,9 @@ def compose(entry, task, parameters, chooser):
 
 
 def phrase(task, phrasing, noise, chooser):
-    """Return an instruction: a phrasing with the task's header and description in it. noise: words
-    to take the place of others: "Write a function f(x) that gives ..." becomes "Bytes a turbo f(x)
-    with raise ...". So a model learns to look for header and description, and not to lean on the
-    rest: without noise, half as many new phrasings pass."""
+    """Return an instruction: a phrasing with the task's header and description in it. With noise,
+    "Write a function f(x) that gives ..." becomes "Bytes a turbo f(x) with raise ...". So a model
+    learns to look for header and description: without noise, half as many new phrasings pass."""
     share = chooser.choice([0, 0.5, 1, 1])                     # of words that are noise
     header = task.header[4:-1]                                 # without "def " and the colon
     fixed = {"HEADER": header, "ANSWER": task.description}
@@ -645,7 +642,7 @@ def split_names(tokenizer):
     endings = random.Random(0).sample(pieces, len(pieces))     # each begins one name, and ends one
     made_up = map("".join, zip(pieces, endings))
     to_learn = sorted({*words, *made_up} - {*held_out} - taken)
-    # Not used as noise: held-out names, as they would be learnt, and what descriptions are made of.
+    # Not used as noise: held-out names, as they would be learnt, and descriptions' longer words.
     not_noise = {*held_out, *re.findall("[a-z]{5,}", GRAMMAR)}
     noise = [word for word in counts.elements() if word not in not_noise]      # common ones often
 
@@ -690,8 +687,8 @@ CHILD = """
 import builtins, json, sys
 try:
     import resource                              # not on Windows
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))         # bytes of memory
     resource.setrlimit(resource.RLIMIT_CPU, (1, 1))                    # a second
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))         # bytes; macOS refuses
 except (ImportError, ValueError, OSError):
     pass
 reference, answer, name, allowed, draws = json.load(sys.stdin)

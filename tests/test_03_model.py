@@ -245,9 +245,9 @@ def test_presets_have_the_published_sizes():
 
 @pytest.mark.parametrize("shape, named", [
     (dict(heads=3), "--width 256 .* --heads 3"), (dict(heads=0), "heads is 0: .*at least 1"), (dict(kv_heads=3), "--kv-heads 3"),
-    (dict(head_width=5), "--head-width 5"), (dict(attention="flash"), "--attention flash: choose of .*formula"),
+    (dict(head_width=5), "--head-width 5"), (dict(attention="flash"), "--attention flash: choose one of .*formula"),
     (dict(width=0), "width is 0"), (dict(width=6, heads=2), "--head-width 3"), (dict(layers=0), "layers is 0"),
-    (dict(vocab_size=0), "vocab_size is 0"), (dict(context=0), "context is 0"), (dict(mlp="relu"), "--mlp relu: choose of .*swiglu.*gelu"), (dict(norm=""), "--norm"), (dict(positions="x"), "--positions x")])
+    (dict(vocab_size=0), "vocab_size is 0"), (dict(context=0), "context is 0"), (dict(mlp="relu"), "--mlp relu: choose one of .*swiglu.*gelu"), (dict(norm=""), "--norm"), (dict(positions="x"), "--positions x")])
 def test_a_shape_that_cannot_work_is_one_line_with_its_numbers(shape, named):
     with pytest.raises(CourseError, match=named) as caught:
         GPT(GPTConfig(**shape))

@@ -690,7 +690,7 @@ def test_another_tokenizer_is_refused_with_the_command_that_mends_it(main, tmp_p
 @pytest.mark.parametrize("flags, words", [
     (("--preset", "huge"), "small.*gpu"), (("--optimizer", "sgd"), "muon.*adamw"), (("--precision", "fp8"), "fp16"),
     (("--resume",), "resume.pt"), (("--device", "nonsense"), "--device nonsense"), (("--init", "nowhere"), "nowhere"),
-    (("--context", 10**6), "smaller --context"), (("--attention", "flash"), "choose of"), (("--steps", 0), "--steps"),
+    (("--context", 10**6), "smaller --context"), (("--attention", "flash"), "choose one of"), (("--steps", 0), "--steps"),
     (("--micro-batch", 0), "at least 1"), (("--width", 33), "multiple of --heads")])
 def test_bad_flags_are_explained_in_one_line(main, monkeypatch, flags, words):
     monkeypatch.setattr(chapter4, "draw_curves", DRAW)
