@@ -489,8 +489,8 @@ def main(config):
 
     # 2. Conversations, a few held out for the loss; and tasks with something new, for pass@1.
     conversations, new_tasks = find_conversations(config, tokenizer)
-    examples, val_examples = [encode_fitting(part, tokenizer, model.config.context)
-                              for part in split_off(conversations)]
+    fitting = encode_fitting(conversations, tokenizer, model.config.context)
+    examples, val_examples = split_off(fitting)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
     longest = max(len(ids) for ids, _ in examples + val_examples)
@@ -615,12 +615,12 @@ def encode_fitting(conversations, tokenizer, context):
     return fitting
 
 
-def split_off(conversations):
-    """Return (conversations to learn from, some of the same sorts, to tell how well that goes)."""
-    if len(conversations) < 20:
-        print(f"too few to hold some out ({len(conversations)}): the loss below is of all")
-        return conversations, conversations
-    shuffled = random.Random(0).sample(conversations, len(conversations))
+def split_off(examples):
+    """Return (examples to learn from, some of the same sorts, to tell how well that goes)."""
+    if len(examples) < 20:
+        print(f"too few to hold some out ({len(examples)}): the loss below is of all")
+        return examples, examples
+    shuffled = random.Random(0).sample(examples, len(examples))
     cut = min(200, len(shuffled) // 20)
     return shuffled[cut:], shuffled[:cut]
 

@@ -15,8 +15,8 @@ import numpy
 import pytest
 import torch
 
-chapter1, chapter3, chapter4, chapter5, chapter6 = map(
-    import_module, ("01_tokenizer", "03_model", "04_train", "05_sample", "06_finetune"))
+chapter1, chapter2, chapter3, chapter4, chapter5, chapter6 = map(
+    import_module, ("01_tokenizer", "02_data", "03_model", "04_train", "05_sample", "06_finetune"))
 CourseError, IGNORED = chapter1.CourseError, chapter4.IGNORED
 SYLLABLES = "ba ke lo mu ni po ra se ti vu wa zo".split()
 MADE_UP = [first + second for first in SYLLABLES for second in SYLLABLES]
@@ -101,12 +101,12 @@ def test_hostile_answers_are_contained_and_cost_only_themselves():
         start = time.monotonic()
         got = verdicts_of([NUMBER] * len(bodies), [f"def f(n):\n    {body}" for body in bodies])
         assert not {"pass", "no end", "wrong header"} & set(got) and (bodies is not FORBIDDEN or set(got) == {"not allowed"}), [*zip(bodies, got)]
-        assert time.monotonic() - start < 1.5, bodies
+        assert time.monotonic() - start < 8, bodies
     start = time.monotonic()
     answers = [answer for body in ENDLESS for answer in (f"def f(n):\n    {body}", NUMBER.source)]
     got = verdicts_of([NUMBER] * len(answers), answers)
     assert got[1::2] == ["pass"] * len(ENDLESS) and set(got[::2]) <= {"error", "not allowed"}, got
-    assert time.monotonic() - start < 1.5 * len(ENDLESS)
+    assert time.monotonic() - start < 8 * len(ENDLESS)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # a child begins as a copy of this process
     assert used <= max(before, own) or used * (1 if sys.platform == "darwin" else 1024) < 600 * 2**20
@@ -432,6 +432,26 @@ def test_chat_tokens_are_added_to_a_foreign_pair_and_learnt(rank, tied, tune, tm
     assert rank == 0 or all("norm" in name for name in kept)     # adapters and the rows of tokens learn
     assert rank > 0 or not kept
     assert answer_of(tmp_path / "chat", "Who are you?") == ("A small model.", True)
+
+
+def test_chapter_4s_text_is_found_by_the_tokenizer_it_was_encoded_with(tune, tmp_path):
+    foreign = chapter1.train_bpe(["Who are you? A small model. user assistant"] * 5, 280, special_tokens=("<|endoftext|>",))
+    chapter4.save_folder(tiny_model(foreign.vocab_size), foreign, tmp_path / "foreign", [0])
+    text = "a small model " * 400
+    chapter2.write_tokens([("train", text), ("val", text)], foreign, tmp_path / "data")
+    mine = write_lines(tmp_path / "mine.jsonl", PAIRS[:1])
+    printed = tune("--init", tmp_path / "foreign", "--conversations", mine, "--steps", 2, "--eval-every", 2)
+    assert "added" in printed and "2 examples in sequences" in printed and "bits per byte after tuning" in printed
+
+
+def test_a_held_out_conversation_may_be_the_longest(tune, tokenizer, tmp_path):
+    conversations = [say("Who?", f"number {number}") for number in range(20)]
+    _, (held_out,) = chapter6.split_off(conversations)
+    held_out[1]["content"] = "long " * 90
+    chapter4.save_folder(tiny_model(tokenizer.vocab_size, context=512), tokenizer, tmp_path / "base", [0])
+    mine = write_lines(tmp_path / "mine.jsonl", [{"messages": messages} for messages in conversations])
+    printed = tune("--conversations", mine, "--steps", 1, "--eval-every", 1)
+    assert "left out" not in printed and int(re.search(r"sequences of (\d+)", printed)[1]) > 180
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -11,9 +11,11 @@ Prints: bits per byte of both on the whole validation split, their ratio, tokens
 The baseline is nanoGPT as its train.py and its README's CPU command set it, written with the parts of chapter 3:
 LayerNorm without bias, learned positions, GELU, tied embeddings, fused attention, 12 sequences a step, AdamW at 1e-3 with
 betas 0.9 and 0.99 and decay 0.1 on matrices, warm-up over 100 steps, then a cosine to 1e-4, clipped at 1.0, float32,
-not compiled. Its layers, heads, width and context are those of our default. The cosine ends with the seconds.
+not compiled. Its layers, heads, width and context are those of our default. The cosine ends with the seconds. It runs
+before this process keeps freed memory (Linux), as every script of the course does and nanoGPT does not.
 """
 import argparse
+import ctypes
 import math
 import statistics
 import sys
@@ -78,6 +80,13 @@ def train_baseline(data, shape, sequences, seconds):
     return model, step, time.time() - start
 
 
+def keep_memory():
+    """Set what chapter 1's `run` sets for each script."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-1, 1_000_000_000)
+        ctypes.CDLL(None).mallopt(-3, 32_000_000)
+
+
 def train_ours(data, shape, machine, steps, evaluations=0, limit=65536, on_batch=lambda step: None, **changes):
     """Train by chapter 4's loop with the settings of its default preset. Returns (model, log)."""
     eval_every = max(1, steps // evaluations) if evaluations else steps
@@ -116,6 +125,7 @@ def compare(data, shape, machine, seconds, sequences, ours_shape, recipe):
     baseline, early = bits(model, plain), chapter4.evaluate(model, plain, data.val, data.bytes_of, 65536)[1]
     print(f"nanoGPT's settings: {baseline:.3f} bits per byte after {used:.0f} s, {steps:,} steps, "
           f"{steps * sequences * shape['context'] / used:,.0f} tokens/s")
+    keep_memory()
     first, usual = pace(train_ours(data, ours_shape, machine, 60, **recipe)[1])      # pays for compiling
     steps = max(2, round((seconds - first) / usual))
     model, log = train_ours(data, ours_shape, machine, steps, evaluations=20, **recipe)
@@ -134,6 +144,7 @@ def compare(data, shape, machine, seconds, sequences, ours_shape, recipe):
 
 def speeds(data, shape, machine, steps):
     """Print tokens/s of our default, compiled and not, in both precisions."""
+    keep_memory()
     for precision in ("bf16", "fp32"):
         for compiles in (True, False):
             log = train_ours(data, shape, replace(machine, precision=precision, compile=compiles), steps)[1]
