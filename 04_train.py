@@ -55,7 +55,7 @@ def train_naive(model, batch, config):
     """Train a model and return its losses: the core of what `train` does safely and fast."""
     # AdamW moves the weights: how, the next section says. cross_entropy is the surprise: of logits
     # it makes probabilities, and takes minus the log of the one that the right token got.
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0, fused=True)
     losses = []
     for step in range(config.steps):
         x, y = batch(step)                                         # inputs, targets: (R, T) each
@@ -82,9 +82,9 @@ def loss_sums(logits, y):
 
 # Three ways to move a weight w against its gradient g, at a learning rate lr:
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
-#   AdamW   m = average of g, v = of g^2, over 10 and 20 steps (betas 0.9, 0.95), fewer at first;
-#           w -= lr m / sqrt(v): by at most about lr, most often 0.2 lr, however large g is.
-#           Besides, w -= lr decay w pulls w towards zero, so that it only grows where it is needed.
+#   AdamW   m = average of g, v = of g^2, over 10 and 1,000 steps (betas 0.9, 0.999; for large
+#           batches often 0.95), fewer at first; w -= lr m / sqrt(v): mostly by 0.2 lr, be g small or
+#           large (by 3 lr, where it is rare). And w -= lr decay w pulls w, if unused, to zero.
 #   Muon    Any matrix is U s V^T: turn by V^T, stretch by the numbers s (singular values), turn by
 #           U. A few large s in a gradient drown the rest. Muon averages gradients (momentum) and
 #           makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.
@@ -149,7 +149,7 @@ def make_optimizers(model, config):
             others.append(p)
     groups = [{"params": others, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, (0.9, 0.95), fused=True)}
+    optimizers = {"adamw": torch.optim.AdamW(groups, config.lr, fused=True)}
     if matrices:
         optimizers[config.optimizer] = kind(matrices, config.matrix_lr, config.weight_decay)
     return optimizers
@@ -282,7 +282,7 @@ def draw_curves(log, path):
 class TrainingConfig:
     """How to train. Of all settings the learning rates matter most, so tune them first: try a third
     of them, and three times as much. Larger models want lower ones."""
-    steps: int = 2800  # updates of the weights; the learning rate falls to zero after the last
+    steps: int = 2300  # updates of the weights; the learning rate falls to zero after the last
     batch_tokens: int = 2048  # tokens that one step learns from; more is smoother and slower
     micro_batch: int = 16  # sequences at once in memory; lower it when memory runs out
     optimizer: str = "muon"  # of the blocks' matrices: muon or adamw; the rest has adamw
