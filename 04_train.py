@@ -84,7 +84,7 @@ def loss_sums(logits, y):
 #   SGD     w -= lr g. Rare tokens have small gradients and hardly move, common ones too much.
 #   AdamW   m = average of g, v = of g^2, over 10 and 1,000 steps (betas 0.9, 0.999; for large
 #           batches often 0.95), fewer at first; w -= lr m / sqrt(v): mostly by 0.2 lr, be g large
-#           or not (by 3 lr, where it is rare). And w -= lr decay w pulls w, if unused, to zero.
+#           or not (up to 3 lr, if it is rare). And w -= lr decay w pulls w, if unused, to zero.
 #   Muon    Any matrix is U s V^T: turn by V^T, stretch by the numbers s (singular values), turn by
 #           U. A few large s in a gradient drown the rest. Muon averages gradients (momentum) and
 #           makes all s near 1, (10, 0.1) to (1, 1): so rare directions are learnt.

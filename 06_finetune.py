@@ -55,7 +55,7 @@ IGNORED = chapter4.IGNORED
 #   held out   in no task to learn from: a name, constant of an entry, pair of entries, phrasing
 #   verdict    what became of an answer: "pass" if it returns what the reference returns
 #   N  sequences in all, R of a step     T  tokens of a sequence
-# Tools, at the file's end: how a task is composed, which names are held out, how an answer is run.
+# Tools, at the file's end: your own conversations, which names are held out, how an answer is run.
 
 
 # ---- A conversation as a batch, by its definition ------------------------------------------------
@@ -273,8 +273,17 @@ What I am looking for is HEADER, and it should produce ANSWER.
 Build a function HEADER that finds ANSWER.
 It would be nice to have HEADER for ANSWER.
 """
+
+
+# ---- How a task is drawn -------------------------------------------------------------------------
 Entry = namedtuple("Entry", "kind code words")
 ENTRIES = [Entry(*re.split(r" +\| +", line)) for line in GRAMMAR.strip().splitlines()]
+KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
+         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
+         "P": "property", "Q": "question"}
+NESTED = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
+CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
+SLOT = rf"\b[{''.join(KINDS)}]\b"
 
 
 @dataclass
@@ -302,6 +311,57 @@ class Task:
                 {"role": "assistant", "content": self.source}]
 
 
+def vary(text, chooser):
+    """Choose one of each {a|b}."""
+    return re.sub(r"\{([^{}]*)\}", lambda found: chooser.choice(found[1].split("|")), text)
+
+
+def fill(text, values):
+    """Put values for the slots of a text: "max(N, X)" and {"N": "x", "X": "y"} give "max(x, y)"."""
+    return re.sub(SLOT, lambda found: values[found[0]], text)
+
+
+def compose(entry, task, parameters, chooser):
+    """Return (code, description) of an entry, its slots filled: by a parameter's name, a constant,
+    or another entry, whose code becomes a line `part = ...`. The task notes what it is made of."""
+    task.entries.append(entry.code)
+    words = vary(entry.words, chooser)
+    codes, texts = {}, {}
+    for slot in re.findall(SLOT, words):
+        may_nest = len(task.entries) == 1                      # until a second entry is in
+        if may_nest and chooser.random() < NESTED.get(slot, 0):
+            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
+            code, text = compose(chooser.choice(others), task, parameters, chooser)
+            texts[slot] = text.removeprefix("whether ")        # "x if y is even, otherwise z"
+            codes[slot] = code
+            if slot not in "PQ":                               # P and Q stay within the line
+                task.lines.append(f"part = {code}")
+                codes[slot] = "part"
+        elif slot == "C" or (slot in CONSTANTS and chooser.random() < 0.8):
+            codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
+            task.constants.append((entry.code, codes[slot]))
+        else:
+            codes[slot] = texts[slot] = parameters.pop()
+            task.kinds[codes[slot]] = KINDS[slot]
+    return fill(entry.code, codes), fill(words, texts)
+
+
+def phrase(task, phrasing, noise, chooser):
+    """Return an instruction: a phrasing with the task's header and description in it. With noise,
+    "Write a function f(x) that gives ..." becomes "Bytes a turbo f(x) with raise ...". So a model
+    learns to look for header and description: without noise, half as many new phrasings pass."""
+    share = chooser.choice([0, 0.5, 1, 1])                     # of words that are noise
+    header = task.header[4:-1]                                 # without "def " and the colon
+    fixed = {"HEADER": header, "ANSWER": task.description}
+    words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
+    for i, word in enumerate(words):
+        if word in fixed:
+            words[i] = fixed[word]
+        elif noise and word.isalpha() and chooser.random() < share:
+            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
+    return "".join(words)
+
+
 def draw_task(names, phrasings, noise, chooser):
     """Return a Task: an entry or two, some of the names, a phrasing. noise: words that replace some
     of the phrasing's, so that the model does not lean on them; see `phrase`."""
@@ -312,7 +372,7 @@ def draw_task(names, phrasings, noise, chooser):
     if chooser.random() < 0.25:                                # single letters, as in f(x)
         parameters = chooser.sample(string.ascii_lowercase, 6)
     task = Task(name)
-    # `compose` (tools) notes the entries and parameters' kinds, and adds `part = ...` to the lines.
+    # This notes entries and parameters' kinds in the task, and adds `part = ...` to its lines.
     code, task.description = compose(entry, task, parameters, chooser)
     if chooser.random() < 0.3:                                 # parameters in another order
         task.kinds = dict(chooser.sample(list(task.kinds.items()), len(task.kinds)))
@@ -530,66 +590,6 @@ def main(config):
             _, bits = chapter4.evaluate(tuned, machine, val_text, sizes, config.eval_tokens)
             print(f"chapter 4's held-out text: {bits:.3f} bits per byte after tuning")
         print(f"saved {folder}; next: {chapter1.command('05_sample.py', config)} --chat")
-
-
-# ---- Tools: how a task is composed and phrased ---------------------------------------------------
-KINDS = {"N": "number", "M": "number", "X": "number", "W": "number", "K": "number", "S": "number",
-         "L": "list", "Y": "list", "T": "text", "Z": "text", "C": "letter",
-         "P": "property", "Q": "question"}
-NESTED = {"X": 0.8, "Y": 0.8, "Z": 0.8, "W": 0.4, "P": 1, "Q": 1}  # how often one is put in
-CONSTANTS = {"K": range(101), "W": range(101), "S": range(2, 11), "C": string.ascii_lowercase}
-SLOT = rf"\b[{''.join(KINDS)}]\b"
-
-
-def vary(text, chooser):
-    """Choose one of each {a|b}."""
-    return re.sub(r"\{([^{}]*)\}", lambda found: chooser.choice(found[1].split("|")), text)
-
-
-def fill(text, values):
-    """Put values for the slots of a text: "max(N, X)" and {"N": "x", "X": "y"} give "max(x, y)"."""
-    return re.sub(SLOT, lambda found: values[found[0]], text)
-
-
-def compose(entry, task, parameters, chooser):
-    """Return (code, description) of an entry, its slots filled: by a parameter's name, a constant,
-    or another entry, whose code becomes a line `part = ...`. The task notes what it is made of."""
-    task.entries.append(entry.code)
-    words = vary(entry.words, chooser)
-    codes, texts = {}, {}
-    for slot in re.findall(SLOT, words):
-        may_nest = len(task.entries) == 1                      # until a second entry is in
-        if may_nest and chooser.random() < NESTED.get(slot, 0):
-            others = [e for e in ENTRIES if e.kind == KINDS[slot] and e != entry]
-            code, text = compose(chooser.choice(others), task, parameters, chooser)
-            texts[slot] = text.removeprefix("whether ")        # "x if y is even, otherwise z"
-            codes[slot] = code
-            if slot not in "PQ":                               # P and Q stay within the line
-                task.lines.append(f"part = {code}")
-                codes[slot] = "part"
-        elif slot == "C" or (slot in CONSTANTS and chooser.random() < 0.8):
-            codes[slot] = texts[slot] = repr(chooser.choice(CONSTANTS[slot]))
-            task.constants.append((entry.code, codes[slot]))
-        else:
-            codes[slot] = texts[slot] = parameters.pop()
-            task.kinds[codes[slot]] = KINDS[slot]
-    return fill(entry.code, codes), fill(words, texts)
-
-
-def phrase(task, phrasing, noise, chooser):
-    """Return an instruction: a phrasing with the task's header and description in it. With noise,
-    "Write a function f(x) that gives ..." becomes "Bytes a turbo f(x) with raise ...". So a model
-    learns to look for header and description: without noise, half as many new phrasings pass."""
-    share = chooser.choice([0, 0.5, 1, 1])                     # of words that are noise
-    header = task.header[4:-1]                                 # without "def " and the colon
-    fixed = {"HEADER": header, "ANSWER": task.description}
-    words = re.split(r"\b", vary(phrasing, chooser))           # words, and what stands between them
-    for i, word in enumerate(words):
-        if word in fixed:
-            words[i] = fixed[word]
-        elif noise and word.isalpha() and chooser.random() < share:
-            words[i] = " ".join(chooser.choices(noise, k=chooser.choice([1, 1, 2])))
-    return "".join(words)
 
 
 # ---- Tools: flags, conversations, names ----------------------------------------------------------
