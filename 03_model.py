@@ -298,7 +298,7 @@ class GPT(nn.Module):
             raise CourseError(f"{S} tokens do not fit the context of {self.config.context}")
         positions = torch.arange(past, S, device=ids.device)       # (T)
         angles = rope_angles(self.config, positions)               # (T, D) each, for RoPE
-        visible = choose_mask(self.config.attention, T, S, documents, ids.device)    # who_sees
+        visible = choose_mask(self.config.attention, T, S, documents, ids.device)  # mask or None
         x = self.embed_tokens(ids)                                 # (B, T) -> (B, T, C)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)                # (B, T, C) + (T, C)

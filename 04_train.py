@@ -241,8 +241,7 @@ def train(model, batch, config, machine, folder, measure, keep):
 # ---- Looking at it: held-out loss, curves --------------------------------------------------------
 @torch.no_grad()
 def surprise(model, machine, sequences, sizes):
-    """Return (nats a target, bits a byte) of x, y (and documents): (N, 2 or 3, T). sizes (V,): how
-    many bytes each token has."""
+    """Return nats a target, bits a byte of x, y (, documents), (N, 2 or 3, T); sizes: bytes (V)."""
     targets = sequences[:, 1][sequences[:, 1] != IGNORED]
     at_once = 2**24 // (sequences.shape[2] * model.config.vocab_size) or 1     # logits fit memory
     nats = 0.0

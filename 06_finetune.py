@@ -441,6 +441,8 @@ def verdict_on(task, answer, has_ended):
     """Return the verdict on an answer: first it is read, and run only if all in it is allowed."""
     if not has_ended:
         return "no end"
+    if len(answer) > 2000:
+        return "not allowed"
     try:
         statements = ast.parse(answer).body
         text = ast.unparse(statements)                         # with the usual spaces
@@ -537,10 +539,9 @@ def main(config):
     machine = chapter4.choose_machine(config)
     torch.manual_seed(config.seed)
 
-    # 1. The model (on the CPU: it may grow by marks that GPT-2 lacks), and the ids that will end an
-    #    answer: the mark, or the base's end of a text.
+    # 1. The model (on the CPU, as it may grow by marks that GPT-2 lacks); ids that end an answer.
     model, tokenizer, _ = chapter5.open_model(config.init or out / "base", "cpu", config.context)
-    train_text = chapter2.matching_tokens(out / "data", "train", tokenizer)    # none: empty
+    train_text = chapter2.matching_tokens(out / "data", "train", tokenizer)    # or empty
     val_text = chapter2.matching_tokens(out / "data", "val", tokenizer)
     model, tokenizer, added = chapter5.with_chat_tokens(model, tokenizer)
     model.to(machine.device)
@@ -553,7 +554,7 @@ def main(config):
     examples, val_examples = split_off(fitting)
     if config.show_mask:
         return show_mask(tokenizer, *examples[0])
-    longest = max(len(ids) for ids, _ in examples + val_examples)
+    longest = max(len(ids) for ids, _ in fitting)
     T = min(model.config.context, max(128, longest))           # no more: attention costs T x T
     val_sequences = pack(val_examples, T, end)                 # (N, 3, T)
     examples = with_text(examples, train_text, T, config.seed)

@@ -78,7 +78,7 @@ FORBIDDEN = re.split(r"\s+\|\s+|\n\s+", r"""import os; return os.getpid() | from
     return 'x' * 10000000000 | return 'x' * 10 ** 10 | return 10 ** 10 ** 10 | return 1 << 9999 | return n * 2 or exit() | return {n: n} | return iter(int, 1)
     while True: n += 1 | with n: return n | class A: n = 1 | def g(): return n * 2 | async def g(): return n""") + [
     "try:\n        return n * 2\n    except:\n        return 1", "def g():\n        return n * 2\n    return g()", f"return '{'a' * 900}'",
-    "@f\n    def g(m=f(n)):\n        return m\n    return g()", "return " + "9" * 900]
+    "@f\n    def g(m=f(n)):\n        return m\n    return g()", "return " + "9" * 900, "return n * 2\n    #" + "x" * 10**6]
 CONTAINED = re.split(r"\s+\|\s+|\n\s+", r"""return 1j * n | return ... | return b'a' * n | return 1e308 * 1e308 | return range(n) | return sorted | return 'a'.join
     return 'pass\npass' | return '\ud800' | return (a for a in range(9)) | return None.count | str.lower = n; return n | f.count = f; return n
     return __builtins__ | return __builtins__['len'] | __builtins__['repr'] = len; return n | sum = n; return sum(n) | return f(n - 1) + f(n - 2)
